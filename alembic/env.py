@@ -1,6 +1,6 @@
-"""Runs the migrations of memstate_sa by themselves: `python -m memstate_sa.migrations -x url=… upgrade head`.
+"""Runs the migrations of memstate_sa alone: `python -m memstate_sa.migrations -x url=… upgrade head`.
 
-An application that has them in its version_locations runs them by its own env.py, and never this one.
+An application that has them in its version_locations uses its own env.py instead.
 """
 
 import os
@@ -27,10 +27,10 @@ options = {
 }
 url = context.get_x_argument(as_dictionary=True).get("url") or os.environ.get("MEMSTATE_URL")
 if not url:
-    raise CommandError("which database? -x url=postgresql+psycopg://user@host/app, or MEMSTATE_URL")
+    raise CommandError("No database URL. Give -x url=postgresql+psycopg://user@host/app, or set MEMSTATE_URL.")
 
 if context.is_offline_mode():
-    # By the kind of the database alone: nothing is connected to.
+    # The name of the dialect is enough, because nothing connects to the database.
     context.configure(dialect_name=make_url(url).get_backend_name(), literal_binds=True, **options)
     with context.begin_transaction():
         context.run_migrations()

@@ -1,1 +1,1 @@
-"""Benchmarks against a peer or a physical limit, in the same run: ``python -m benchmarks`` (see docs/benchmarks.md)."""
+"""Benchmarks, each with a peer or a physical limit in the same run: ``python -m benchmarks`` (docs/benchmarks.md)."""

@@ -26,15 +26,17 @@ BENCHMARKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones: {', '.join(BENCHMARKS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="a few rounds on less data: shows that it runs")
-    given = parser.parse_args()
-    for name in given.names or BENCHMARKS:
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"the benchmarks to run: {', '.join(BENCHMARKS)} (default: all)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few rounds with less data, to see that it runs")
+    options = parser.parse_args()
+    for name in options.names or BENCHMARKS:
         if name not in BENCHMARKS:
-            parser.error(f"no benchmark {name!r}")
-    for name in given.names or BENCHMARKS:
+            parser.error(f"Unknown benchmark {name!r}. Choose from {', '.join(BENCHMARKS)}.")
+    for name in options.names or BENCHMARKS:
         console.rule(f"[bold]{name}[/]  ({os.cpu_count()} cores)")
-        BENCHMARKS[name](quick=given.quick)
+        BENCHMARKS[name](quick=options.quick)
 
 
 if __name__ == "__main__":

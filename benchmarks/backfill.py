@@ -1,4 +1,4 @@
-"""Rows that are older than tracking, taken in: beside one statement that writes the same, and beside bare Chroma."""
+"""Backfill of rows older than tracking, compared with one SQL statement that writes the same, and with bare Chroma."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def run(*, quick: bool = False) -> None:
 
 _FILL = """
 INSERT INTO preference (id, number, user_id, role, content)
-WITH RECURSIVE given(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM given WHERE n < :count)
-SELECT n, n, 'u' || (n % 50), 'preference', 'User prefers dish number ' || n FROM given
+WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < :count)
+SELECT n, n, 'u' || (n % 50), 'preference', 'User prefers dish number ' || n FROM numbers
 """
 _LOG = """
 INSERT INTO memstate_log (tx, at, version, step, entity, key, op, image)
@@ -77,7 +77,7 @@ def baselines(database: str, new_url: Callable[[], str], *, quick: bool) -> None
 
 
 def _application(url: str, count: int) -> tuple[Engine, Memory, Any]:
-    """Rows, and a memory that has not seen them."""
+    """A database with rows, and a Memory that does not know them yet."""
     model = define()
     engine = databases.engine(url)
     model.metadata.create_all(engine)
@@ -89,7 +89,7 @@ def _application(url: str, count: int) -> tuple[Engine, Memory, Any]:
 
 
 def in_the_database(new_url: Callable[[], str], count: int) -> float:
-    """No row leaves the database, nobody is asked whether the log has it, and no writer gets in between: the limit."""
+    """The limit: the rows stay in the database, the log is not checked for them, and other writers are locked out."""
     engine, _, _ = _application(new_url(), count)
     is_sqlite = engine.dialect.name == "sqlite"
     own = {"object": "json_object", "xid": "0"} if is_sqlite else {
@@ -105,7 +105,7 @@ def in_the_database(new_url: Callable[[], str], count: int) -> float:
 
 
 def backfill(new_url: Callable[[], str], count: int, grown: list[int], *, again: bool = False) -> float:
-    """*grown* gets the kilobytes that the process has grown by, after the first tenth."""
+    """Rows a second. Adds the growth of the process to *grown*, in kilobytes after the first tenth."""
     engine, memory, model = _application(new_url(), count)
     if again:
         memory.backfill(engine, model)
@@ -161,7 +161,7 @@ def deliveries(*, quick: bool) -> None:
 
 
 def embed_and_bulk(contents: Sequence[str], model: WordLlamaEmbedder, known: Precomputed, batch: int | None) -> float:
-    """Rows a second, of both together."""
+    """Rows a second, for embedding and writing together."""
     start = perf_counter()
     model.embed(contents)
     embedded = perf_counter() - start
@@ -169,7 +169,7 @@ def embed_and_bulk(contents: Sequence[str], model: WordLlamaEmbedder, known: Pre
 
 
 def backfill_and_relay(contents: Sequence[str], embedder: Embedder) -> float:
-    """Rows a second, of the backfill and of ``drain()`` together."""
+    """Rows a second, for the backfill and ``drain()`` together."""
     with databases.folder() as home, databases.chroma(home) as client:
         memory = Memory(ChromaIndex(client, "memory"), embedder=embedder, embedding_cache=0)
         memory.track(Preference, text="content", metadata=("user_id", "role"))
@@ -177,7 +177,7 @@ def backfill_and_relay(contents: Sequence[str], embedder: Embedder) -> float:
         Base.metadata.create_all(engine)
         memory.create_tables(engine)
         courier = memory.relay(engine)
-        courier.drain()  # the index is not new: it is given what the backfill marks
+        courier.drain()  # after this the index is not new, so it gets the keys that the backfill marks
         with engine.begin() as connection:
             connection.execute(insert(Preference), rows(contents))
         start = perf_counter()

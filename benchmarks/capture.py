@@ -1,4 +1,7 @@
-"""What tracking costs a commit of 1,000 objects, beside plain SQLAlchemy and its history libraries; and a read."""
+"""The cost of tracking for a commit of 1,000 objects, compared with plain SQLAlchemy and history libraries.
+
+Also the cost for a read.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ TARGETS = {
     "PostgreSQL": {"insert": Target(1.4), "update": Target(1.5), "delete": Target(1.6)},
 }
 SLOW = {"continuum": 3, "history": 3}
-"""Contenders that take part in every n-th round only: they take seconds a commit."""
+"""Contenders that need seconds for a commit. They run only in every n-th round."""
 
 PEERS = {
     "continuum-subquery": "Continuum subquery",
@@ -52,7 +55,7 @@ def run(*, quick: bool = False, databases_: tuple[str, ...] = ("sqlite", "postgr
 
 
 Measured = dict[str, dict[str, list[tuple[float, int]]]]
-"""Seconds, and bytes of WAL, by contender and operation."""
+"""Seconds and bytes of WAL, by contender and operation."""
 
 
 def measure(urls: dict[str, str], count: int, rounds: int) -> Measured:
@@ -81,7 +84,7 @@ def writer(contender: str, url: str) -> Iterator[Callable[[str, int], tuple[floa
         def answer() -> str:
             line = stdout.readline()
             if not line:
-                raise RuntimeError(f"the writer {contender} ended with {process.wait()}")
+                raise RuntimeError(f"The writer {contender} ended with {process.wait()}.")
             return line
 
         def commit(op: str, count: int) -> tuple[float, int]:
@@ -125,7 +128,7 @@ def show(database: str, measured: Measured, count: int) -> None:
         console.print(written)
 
 
-# -- what it costs who only reads --------------------------------------------------------------------------------------
+# -- the cost for reads ------------------------------------------------------------------------------------------------
 
 
 def gets(database: str, new_url: Callable[[], str], *, quick: bool) -> None:

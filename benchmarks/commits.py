@@ -1,4 +1,4 @@
-"""Single-fact commits a second: MemoryStore with its relay running, and memstate, on the same Chroma and embedder."""
+"""Single-fact commits a second: MemoryStore with a running relay, and memstate, with the same Chroma and embedder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from memstate_sa.indexes import ChromaIndex
 
 TARGET = Target(10, at_least=True)
 OURS_PER_THEIRS = 10
-"""Ours commits this many times as often in a round, so that both are measured for about as long."""
+"""Ours makes this many times more commits in a round, so that both take about the same time."""
 
 
 class ForChroma(EmbeddingFunction[Documents]):
-    """Our embedder as Chroma's, for memstate."""
+    """Our embedder as a Chroma embedding function, for memstate."""
 
     def __init__(self) -> None:
         self._embedder = WordLlamaEmbedder()
@@ -47,7 +47,7 @@ class ForChroma(EmbeddingFunction[Documents]):
 
 
 class Contender:
-    """What commits one fact at a time, and what is known of how long that took."""
+    """A store that commits one fact at a time, and its measurements."""
 
     def __init__(self, title: str, commit: Callable[[str], object], count: int, settled: Callable[[], bool]) -> None:
         self.title = title
@@ -59,7 +59,7 @@ class Contender:
         self._settled = settled
 
     def burst(self, contents: Iterator[str]) -> None:
-        """Commit, then let the index catch up: the next contender has the machine to itself."""
+        """Commit, then wait until the index has caught up, so that the next contender has the machine to itself."""
         start = before = perf_counter()
         for _ in range(self._count):
             self._commit(next(contents))

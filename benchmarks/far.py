@@ -1,4 +1,4 @@
-"""A database that is a millisecond away: commits of one row, by the round trips that they take."""
+"""Commits of one row with a database that is one millisecond away, to show the number of round trips."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def insert(model: Any, sessions: sessionmaker[Session]) -> float:
 
 
 def update(model: Any, sessions: sessionmaker[Session], *, times: int = 1) -> float:
-    """The *times*-th change of a new row: a transaction that loads it, changes it and commits."""
+    """Seconds of the *times*-th change of a new row. A transaction loads the row, changes it and commits."""
     key = _new(model, sessions)
     for n in range(times):
         start = perf_counter()
@@ -95,12 +95,12 @@ def _new(model: Any, sessions: sessionmaker[Session]) -> int:
     return key
 
 
-# -- the way there -----------------------------------------------------------------------------------------------------
+# -- the slow connection -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def proxy(server: URL) -> Iterator[URL]:
-    """A URL of *server*, from which each message takes `DELAY_S` longer. In a process of its own."""
+    """A URL of *server* where each message to the server takes `DELAY_S` longer. The proxy is a separate process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(dict(server.query), server.host, server.port, theirs), daemon=True)
@@ -134,7 +134,7 @@ def _serve(query: dict[str, Any], host: str | None, port: int | None, pipe: Pipe
 
 
 async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
-    with suppress(ConnectionError):  # at the end
+    with suppress(ConnectionError):  # when the benchmark ends
         while data := await reader.read(65536):
             if delay_s:
                 await asyncio.sleep(delay_s)

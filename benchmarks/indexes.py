@@ -1,6 +1,7 @@
-"""The relay into each index, beside that client's own bulk writes and beside a relay that writes nowhere; and searches.
+"""Delivery and search for each index, compared with the client's own bulk writes and queries.
 
-An index whose package is not installed is left out, and said to be.
+Delivery is also compared with a relay whose index stores nothing. An index without its package is skipped, with a
+message.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ _MARK = "0123456789abcdef0123456789abcdef"
 
 Vectors = NDArray[np.float32]
 Bare = Callable[[Vectors], object]
-"""A query of the client's own for the nearest few."""
+"""The client's own query for the nearest points."""
 
 
 class Nowhere(InMemoryIndex):
-    """Takes everything, and stores nothing."""
+    """An index that stores nothing."""
 
     def upsert(self, points: Sequence[Point]) -> None:
         pass
@@ -55,7 +56,7 @@ class Nowhere(InMemoryIndex):
 
 @dataclass(frozen=True)
 class Place:
-    """An empty index, the client's own query of what is in it, and the client's own way to fill such another."""
+    """An empty index, the client's own query on it, and the client's own way to fill another one like it."""
 
     index: VectorIndex
     bare: Bare
@@ -73,8 +74,8 @@ def chroma(home: Path, _: URL) -> Iterator[Place]:
             return collection.query(query_embeddings=[query], n_results=LIMIT)
 
         def fill(facts: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
-            for some, part in batches(facts, vectors):
-                own.upsert(ids=list(map(name, some)), embeddings=part, metadatas=list(map(metadata, some)))
+            for batch, part in batches(facts, vectors):
+                own.upsert(ids=list(map(name, batch)), embeddings=part, metadatas=list(map(metadata, batch)))
 
         yield Place(index, bare, fill)
         index.close()
@@ -87,9 +88,9 @@ def faiss(home: Path, _: URL) -> Iterator[Place]:
 
     def bare(query: Vectors) -> object:
         assert index._points is not None
-        library.omp_set_num_threads(1)  # as ours; on a machine that has other things to do, two take longer
-        found: object = index._points._index.search(query.reshape(1, -1), LIMIT)
-        return found
+        library.omp_set_num_threads(1)  # like ours; on a busy machine, two threads take longer
+        answer: object = index._points._index.search(query.reshape(1, -1), LIMIT)
+        return answer
 
     def fill(_: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
         flat = library.IndexIDMap2(library.IndexFlatIP(vectors.shape[1]))
@@ -109,11 +110,11 @@ def pgvector(_: Path, server: URL) -> Iterator[Place]:
         index = PgVectorIndex(engine, "memory")
         connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         cursor = connection.connection.cursor()
-        cursor.execute("SET hnsw.ef_search = 100")  # as ours
+        cursor.execute("SET hnsw.ef_search = 100")  # like ours
 
         def bare(query: Vectors) -> object:
-            wanted = str(query.tolist())
-            cursor.execute(f"SELECT id, unit <#> %s FROM memory ORDER BY unit <#> %s LIMIT {LIMIT}", (wanted, wanted))
+            vector = str(query.tolist())
+            cursor.execute(f"SELECT id, unit <#> %s FROM memory ORDER BY unit <#> %s LIMIT {LIMIT}", (vector, vector))
             return cursor.fetchall()
 
         def fill(facts: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
@@ -122,10 +123,10 @@ def pgvector(_: Path, server: URL) -> Iterator[Place]:
                 text(f"CREATE TABLE own (id text PRIMARY KEY, embedding vector({vectors.shape[1]}), metadata jsonb)")
             )
             connection.execute(text("CREATE INDEX ON own USING hnsw (embedding vector_cosine_ops)"))
-            connection.execute(text("CREATE INDEX ON own USING gin (metadata jsonb_path_ops)"))  # as ours
-            for some, part in batches(facts, vectors):
+            connection.execute(text("CREATE INDEX ON own USING gin (metadata jsonb_path_ops)"))  # like ours
+            for batch, part in batches(facts, vectors):
                 with cursor.copy("COPY own FROM STDIN") as copy:
-                    for fact, vector in zip(some, part, strict=True):
+                    for fact, vector in zip(batch, part, strict=True):
                         copy.write_row((name(fact), str(vector.tolist()), json.dumps(metadata(fact))))
 
         yield Place(index, bare, fill)
@@ -148,13 +149,13 @@ def qdrant(home: Path, _: URL) -> Iterator[Place]:
     def fill(facts: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
         config = models.VectorParams(size=vectors.shape[1], distance=models.Distance.COSINE)
         client.create_collection("own", vectors_config=config)
-        for some, part in batches(facts, vectors):
-            batch = models.Batch(
-                ids=[str(uuid.uuid5(uuid.NAMESPACE_OID, name(fact))) for fact in some],
+        for batch, part in batches(facts, vectors):
+            points = models.Batch(
+                ids=[str(uuid.uuid5(uuid.NAMESPACE_OID, name(fact))) for fact in batch],
                 vectors=part.tolist(),
-                payloads=[{"id": name(fact), **metadata(fact)} for fact in some],
+                payloads=[{"id": name(fact), **metadata(fact)} for fact in batch],
             )
-            client.upsert("own", batch)
+            client.upsert("own", points)
 
     yield Place(index, bare, fill)
     index.close()
@@ -179,19 +180,19 @@ def redis(home: Path, _: URL) -> Iterator[Place]:
 
             @cache
             def points() -> bytes:
-                [found] = [key for key in client.scan_iter() if client.type(key) == b"vectorset"]
-                return bytes(found)
+                [vector_set] = [key for key in client.scan_iter() if client.type(key) == b"vectorset"]
+                return bytes(vector_set)
 
             def bare(query: Vectors) -> object:
-                given = (points(), "FP32", query.tobytes(), "WITHSCORES", "COUNT", LIMIT)
-                return client.execute_command("VSIM", *given)
+                arguments = (points(), "FP32", query.tobytes(), "WITHSCORES", "COUNT", LIMIT)
+                return client.execute_command("VSIM", *arguments)
 
             def fill(facts: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
-                for some, part in batches(facts, vectors):
+                for batch, part in batches(facts, vectors):
                     with client.pipeline(transaction=False) as pipe:
-                        for fact, vector in zip(some, part, strict=True):
-                            given = ("own", "FP32", vector.tobytes(), name(fact), "NOQUANT", "SETATTR")
-                            pipe.execute_command("VADD", *given, json.dumps(metadata(fact)))
+                        for fact, vector in zip(batch, part, strict=True):
+                            arguments = ("own", "FP32", vector.tobytes(), name(fact), "NOQUANT", "SETATTR")
+                            pipe.execute_command("VADD", *arguments, json.dumps(metadata(fact)))
                         pipe.execute()
 
             yield Place(index, bare, fill)
@@ -209,17 +210,17 @@ INDEXES = {
     "Redis 8": ("redis", redis),
 }
 _IN_PYTHON = {"Qdrant, in a folder": 1_000}
-"""Without its server Qdrant stores and compares in Python, and is not meant for more than 20,000 points."""
+"""Without a server, Qdrant stores and compares in Python. It is not meant for more than 20,000 points."""
 
 
 def run(*, quick: bool = False) -> None:
-    found = {title: place for title, (package, place) in INDEXES.items() if find_spec(package) is not None}
-    for title in INDEXES.keys() - found.keys():
-        console.print(f"{title}: its package is not installed, left out")
+    places = {title: place for title, (package, place) in INDEXES.items() if find_spec(package) is not None}
+    for title in INDEXES.keys() - places.keys():
+        console.print(f"{title}: skipped, its package is not installed")
     with databases.postgres_server() as server:
-        rates(found, server, count=1_000 if quick else 10_000, rounds=2 if quick else 3)
+        rates(places, server, count=1_000 if quick else 10_000, rounds=2 if quick else 3)
         for count in (1_000,) if quick else (10_000, 99_500):
-            latencies(found, server, count=count, searches=50 if quick else 300)
+            latencies(places, server, count=count, searches=50 if quick else 300)
 
 
 # -- rates -----------------------------------------------------------------------------------------------------------
@@ -230,9 +231,9 @@ def rates(places: Mapping[str, Any], server: URL, *, count: int, rounds: int) ->
     embedder = Precomputed(contents)
     contenders: dict[str, Callable[[], float]] = {"nowhere": partial(relayed, None, contents, embedder, server)}
     for title, place in places.items():
-        some = contents[: _IN_PYTHON.get(title)]
-        contenders[f"{title}, alone"] = partial(bulk, place, some, embedder, server)
-        contenders[title] = partial(relayed, place, some, embedder, server)
+        part = contents[: _IN_PYTHON.get(title)]
+        contenders[f"{title}, alone"] = partial(bulk, place, part, embedder, server)
+        contenders[title] = partial(relayed, place, part, embedder, server)
     measured = interleaved(contenders, rounds)
     result = table(
         f"Delivery of {count} facts: median of {rounds} interleaved rounds; a relay that writes nowhere: "
@@ -258,22 +259,22 @@ def rates(places: Mapping[str, Any], server: URL, *, count: int, rounds: int) ->
 
 
 def bulk(place: Any, contents: Sequence[str], embedder: Precomputed, server: URL) -> float:
-    """Points a second, of the client's own writes of the same ids, vectors and metadata, 1,000 at a time."""
+    """Points a second of the client's own writes, with the same ids, vectors and metadata, 1,000 at a time."""
     facts = rows(contents)
     vectors = embedder.embed(contents)
-    with databases.folder() as home, place(home, server) as made:
+    with databases.folder() as home, place(home, server) as new_place:
         start = perf_counter()
-        made.fill(facts, vectors)
+        new_place.fill(facts, vectors)
         return len(facts) / (perf_counter() - start)
 
 
 def relayed(place: Any, contents: Sequence[str], embedder: Precomputed, server: URL) -> float:
-    """Keys a second of ``drain()``, of facts just committed to SQLite."""
+    """Keys a second of ``drain()`` for new facts in SQLite."""
     with databases.folder() as home, ExitStack() as stack:
         index = stack.enter_context(place(home, server)).index if place is not None else Nowhere()
         memory, sessions, engine = remember(index, home, embedder)
         courier = memory.relay(engine)
-        courier.drain()  # an index that is new gets the table, not the outbox
+        courier.drain()  # a new index would be filled from the table instead of the outbox
         write(sessions, contents)
         start = perf_counter()
         delivered = courier.drain(timeout=600)
@@ -311,7 +312,7 @@ def name(fact: Mapping[str, Any]) -> str:
 
 
 def metadata(fact: Mapping[str, Any]) -> dict[str, Any]:
-    """With the fingerprint by which a point tells what content it was made from."""
+    """The metadata of a point, with a fingerprint of its content like ours."""
     return {"user_id": fact["user_id"], "role": fact["role"], "memstate_sa": _MARK}
 
 
@@ -328,10 +329,10 @@ def latencies(places: Mapping[str, Any], server: URL, *, count: int, searches: i
     )  # fmt: skip
     for title, place in places.items():
         if count > 20_000 and title in _IN_PYTHON:
-            console.print(f"{title}: left out at {count} facts")
+            console.print(f"{title}: skipped at {count} facts")
             continue
-        with databases.folder() as home, place(home, server) as made:
-            bare, ours = measured_at(made, home, contents, queries, embedder)
+        with databases.folder() as home, place(home, server) as new_place:
+            bare, ours = measured_at(new_place, home, contents, queries, embedder)
         more = (ours - bare) * 1000
         result.add_row(
             title, f"{bare * 1000:.2f} ms", f"{ours * 1000:.2f} ms", f"[bold]{more:+.2f} ms[/]", LATENCY.verdict(more)

@@ -1,4 +1,4 @@
-"""Checkpoints of a conversation, beside LangGraph's own savers in the same run: time, growth, bytes; and crashes."""
+"""Checkpoints of a conversation, compared with LangGraph's own savers: time, growth, bytes and crashes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer
 SIZES, QUICK_SIZES = (100, 1000, 4000), (20, 40)
 KILLS, QUICK_KILLS = 200, 3
 _WINDOW = 20
-"""How many messages an agent keeps in its state."""
+"""The number of messages in the agent's state."""
 
 Saver: TypeAlias = BaseCheckpointSaver[str]
 TABLES = (
@@ -38,7 +38,7 @@ TABLES = (
 
 
 class Conversation:
-    """A thread that grows by a message a step: one channel changes as a whole, two are small, one stays as it is."""
+    """A thread that grows by one message a step. One channel changes as a whole, two are small, and one stays."""
 
     def __init__(self, saver: Saver) -> None:
         self.saver, self.step = saver, 0
@@ -48,7 +48,7 @@ class Conversation:
         self._versions: dict[str, Any] = {"plan": saver.get_next_version(None, None)}
 
     async def grow(self) -> float:
-        """Save a step and what its one task wrote; how long that took."""
+        """Save a step with the writes of its only task, and return the seconds."""
         self.step += 1
         self._messages = [*self._messages, HumanMessage(f"message {self.step} " + "x" * 80, id=str(uuid4()))][-_WINDOW:]
         changed = ["messages", "branch:to:agent", "counter"]
@@ -79,11 +79,11 @@ class Conversation:
         return perf_counter() - began
 
     async def read(self) -> float:
-        """Get the latest; how long that took."""
+        """Get the latest checkpoint, and return the seconds."""
         began = perf_counter()
-        found = await self.saver.aget_tuple(self.latest)
+        latest = await self.saver.aget_tuple(self.latest)
         took = perf_counter() - began
-        assert found is not None and found.checkpoint["channel_values"]["counter"] == self.step
+        assert latest is not None and latest.checkpoint["channel_values"]["counter"] == self.step
         return took
 
 
@@ -96,7 +96,7 @@ class Figures(NamedTuple):
 async def measure(theirs: Saver, ours: MemStateCheckpointer, sizes: tuple[int, ...]) -> list[Figures]:
     contenders = (Conversation(theirs), Conversation(ours))
     figures = []
-    for contender in contenders:  # what is compiled, prepared and cached once
+    for contender in contenders:  # warm up caches and prepared statements
         for _ in range(10):
             await contender.grow()
             await contender.read()
@@ -105,24 +105,24 @@ async def measure(theirs: Saver, ours: MemStateCheckpointer, sizes: tuple[int, .
         while contenders[0].step < size - rounds:
             for contender in contenders:
                 await contender.grow()
-        if ours.engine.dialect.name == "postgresql":  # as its autovacuum does, when it comes to it
+        if ours.engine.dialect.name == "postgresql":  # autovacuum would do this later
             with ours.engine.begin() as connection:
                 connection.execute(text("ANALYZE"))
-        found = Figures(size, ([], []), ([], []))
+        at_size = Figures(size, ([], []), ([], []))
         for number in range(rounds):
             order = (0, 1) if number % 2 else (1, 0)
             for side in order:
-                found.grow[side].append(await contenders[side].grow())
+                at_size.grow[side].append(await contenders[side].grow())
         for number in range(100):
             for side in (0, 1) if number % 2 else (1, 0):
-                found.read[side].append(await contenders[side].read())
-        figures.append(found)
+                at_size.read[side].append(await contenders[side].read())
+        figures.append(at_size)
     return figures
 
 
 @asynccontextmanager
 async def _savers(url: str) -> AsyncIterator[tuple[Saver, MemStateCheckpointer]]:
-    """Each in a file of its own on SQLite, in tables of its own on PostgreSQL."""
+    """Both savers. On SQLite each has its own file, on PostgreSQL its own tables."""
     ours = MemStateCheckpointer(url)
     await ours.asetup()
     own = (
@@ -137,7 +137,7 @@ async def _savers(url: str) -> AsyncIterator[tuple[Saver, MemStateCheckpointer]]
 
 
 def _bytes(url: str, ours: MemStateCheckpointer) -> list[int]:
-    """What each has on the disk, indexes included."""
+    """The bytes of each saver on the disk, including indexes."""
     if url.startswith("sqlite"):
         path = make_url(url).database
         with ours.engine.connect() as connection:
@@ -156,13 +156,13 @@ async def _compare(name: str, url: str, sizes: tuple[int, ...]) -> None:
         stored = _bytes(url, ours)
     shown = table(f"{name}: a step and its writes, the latest checkpoint (ms, median)",
                   "checkpoints", "save: theirs", "ours", "ratio", "", "get: theirs", "ours", "ratio", "")  # fmt: skip
-    for found in figures:
+    for at_size in figures:
         cells = []
-        for (their, our), limit in ((found.grow, 1.2), (found.read, 1.0)):
+        for (their, our), limit in ((at_size.grow, 1.2), (at_size.read, 1.0)):
             times = ratio(our, their)
             cells += [f"{median(their) * 1000:.2f}", f"{median(our) * 1000:.2f}", f"{times:.2f}×"]
             cells.append(Target(limit, "×").verdict(times))
-        shown.add_row(str(found.size), *cells)
+        shown.add_row(str(at_size.size), *cells)
     console.print(shown)
     growth = median(figures[-1].read[1]) / median(figures[0].read[1])
     console.print(f"get-latest, {figures[-1].size} checkpoints against {figures[0].size}: {growth:.2f}×")

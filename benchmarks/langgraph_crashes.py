@@ -1,7 +1,7 @@
-"""An agent that is killed again and again: does each step's fact end up in the database once?
+"""An agent that is killed many times. Is the fact of each step exactly once in the database?
 
-The same graph with its facts committed in its steps (`step`), and as it is done without: LangGraph's own saver, and
-nodes that commit by themselves (`apart`).
+The same graph runs in two ways. With `step`, facts commit in the steps of our checkpointer. With `apart`, LangGraph's
+own saver is used, and nodes commit facts themselves.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from memstate_sa.testing import HashEmbedder
 
 Way: TypeAlias = Literal["step", "apart"]
 NODES = ("plan", "left", "right", "think", "answer")
-"""`left` and `right` run at the same time; `think` writes to the state alone."""
+"""`left` and `right` run at the same time. `think` writes only to the state."""
 
 
 class Base(DeclarativeBase):
@@ -39,7 +39,7 @@ class Base(DeclarativeBase):
 
 
 class Effect(Base):
-    """What a node did, outside of the state: a key of its own each time, so that twice is two rows."""
+    """The effect of a node outside the state. Each has a new key, so a doubled effect is two rows."""
 
     __tablename__ = "effect"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -56,14 +56,14 @@ def _engine(url: str) -> Engine:
     engine = create_engine(url)
     if engine.dialect.name == "sqlite":
         sqlite.configure(engine)
-        # Processes are killed, not machines: waiting for the disk would show nothing more.
+        # Only processes are killed, not machines, so there is no need to wait for the disk.
         event.listen(engine, "connect", lambda dbapi, _: dbapi.execute("PRAGMA synchronous = OFF"))
     return engine
 
 
 @contextmanager
 def _own_saver(url: str) -> Iterator[Any]:
-    """LangGraph's own."""
+    """LangGraph's own saver."""
     if url.startswith("sqlite"):
         from langgraph.checkpoint.sqlite import SqliteSaver
 
@@ -112,15 +112,15 @@ class Agent:
                 yield session
 
     def finish(self, thread: str) -> None:
-        """Run a thread from wherever it is to its end."""
+        """Run a thread from its present state to its end."""
         config: Any = {"configurable": {"thread_id": thread}}
-        begun = self._saver.get_tuple(config) is not None
-        # Not asked for what is next: a task whose writes are saved is not, and yet they are still to be applied.
-        self.graph.invoke(None if begun else {"thread": thread, "trail": []}, config)
+        has_begun = self._saver.get_tuple(config) is not None
+        # Do not check for next tasks: a task with saved writes is none, but its writes must still be applied.
+        self.graph.invoke(None if has_begun else {"thread": thread, "trail": []}, config)
 
 
 class Verdict(NamedTuple):
-    """What is wrong with the effects of threads that have come to their end."""
+    """The wrong effects of finished threads."""
 
     threads: int
     doubled: list[str]
@@ -141,11 +141,11 @@ def _agent(url: str, way: Way) -> Iterator[Agent]:
 
 
 def play(url: str, folder: Path, way: Way, started: Connection) -> None:
-    """Finish what was begun, say so, and begin one thread after the other until the process is killed."""
-    begun = folder / "begun.log"
-    begun.touch()
-    with _agent(url, way) as agent, begun.open("a") as file:
-        for thread in begun.read_text().split()[-1:]:
+    """Finish the last thread, report it, and run one new thread after the other until the process is killed."""
+    log = folder / "begun.log"
+    log.touch()
+    with _agent(url, way) as agent, log.open("a") as file:
+        for thread in log.read_text().split()[-1:]:
             agent.finish(thread)
         for number in itertools.count():
             thread = f"t{time.time_ns()}"
@@ -157,23 +157,23 @@ def play(url: str, folder: Path, way: Way, started: Connection) -> None:
 
 
 def check(url: str, folder: Path, way: Way) -> Verdict:
-    """Finish the last thread, and compare all of them with what they should have done."""
+    """Finish the last thread, and compare the effects of all threads with the expected ones."""
     threads = (folder / "begun.log").read_text().split()
     with _agent(url, way) as agent:
         for thread in threads:
             agent.finish(thread)
         with agent.sessions() as session:
             rows = session.execute(select(Effect.thread, Effect.node)).all()
-    found = Counter(f"{thread} {node}" for thread, node in rows)
+    effects = Counter(f"{thread} {node}" for thread, node in rows)
     expected = {f"{thread} {node}" for thread in threads for node in NODES if node != "think"}
-    doubled = sorted(name for name, count in found.items() if count > 1)
-    return Verdict(len(threads), doubled, sorted(expected - found.keys()))
+    doubled = sorted(name for name, count in effects.items() if count > 1)
+    return Verdict(len(threads), doubled, sorted(expected - effects.keys()))
 
 
 def kill_again_and_again(url: str, folder: Path, way: Way, kills: int, seed: int) -> Verdict:
-    """*kills* times: start an agent on the same database, and kill it at a random moment."""
+    """Start an agent on the same database and kill it at a random moment, *kills* times."""
     chance = random.Random(seed)
-    processes = multiprocessing.get_context("forkserver")  # imports once what every run needs
+    processes = multiprocessing.get_context("forkserver")  # imports the modules only once for all runs
     processes.set_forkserver_preload([__name__])
     for kill in range(kills):
         receiver, sender = processes.Pipe(duplex=False)
@@ -185,10 +185,10 @@ def kill_again_and_again(url: str, folder: Path, way: Way, kills: int, seed: int
         except EOFError:
             ready = "nothing"
         if ready != "ready":
-            raise RuntimeError(f"run {kill} did not start")
+            raise RuntimeError(f"Run {kill} did not start.")
         time.sleep(chance.uniform(0.0, 0.06))
         child.kill()
         child.join()
         if child.exitcode != -signal.SIGKILL:
-            raise RuntimeError(f"run {kill} ended by itself: {child.exitcode}")
+            raise RuntimeError(f"Run {kill} ended by itself: {child.exitcode}.")
     return check(url, folder, way)

@@ -1,4 +1,4 @@
-"""What could hold delivery up: the way from commit to index, an old transaction, a poison row, a million keys."""
+"""Possible delays of delivery: from commit to index, an old transaction, a poison row, a backlog of a million keys."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(*, quick: bool = False) -> None:
 
 
 class Application:
-    """A model, its memory and a session factory, on a database of its own."""
+    """A model, its Memory and a session factory, with a separate database."""
 
     def __init__(self, url: str, index: Nowhere | None = None) -> None:
         self.engine = databases.engine(url)
@@ -60,11 +60,11 @@ class Application:
 @contextmanager
 def application(server: URL, index: Nowhere | None = None) -> Iterator[Application]:
     with databases.postgres_database(server) as url:
-        made = Application(url, index)
+        app = Application(url, index)
         try:
-            yield made
+            yield app
         finally:
-            made.close()
+            app.close()
 
 
 # -- from commit to index ----------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def commit_to_index(server: URL, home: Path, *, quick: bool) -> None:
 
 
 def _waits(url: str, commits: int, *, elsewhere: bool) -> list[float]:
-    """Seconds from each commit until the index was called with its fact; the clock is the machine's."""
+    """Seconds from each commit until the index was called with its fact, by the machine's clock."""
     context = multiprocessing.get_context("spawn")
     seen: Any = context.Queue()
     ready, stop = context.Event(), context.Event()
@@ -136,7 +136,7 @@ def _deliver(url: str, seen: Any, ready: Any, stop: Any) -> None:
 
 
 def old_transaction(server: URL, *, seconds: int) -> None:
-    """A transaction stays open, so that nothing can be vacuumed, while keys flow."""
+    """Deliver keys while a transaction stays open, so that PostgreSQL can vacuum nothing."""
     taken: list[tuple[float, float]] = []
     lateness: list[float] = []
     born: dict[int, float] = {}
@@ -155,7 +155,7 @@ def old_transaction(server: URL, *, seconds: int) -> None:
         app.memory.relay(app.engine).drain()
         pinned.rollback()
     tenth = max(1, len(taken) // 10)
-    first, last = (sorted(ms for _, ms in some)[len(some) // 2] for some in (taken[:tenth], taken[-tenth:]))
+    first, last = (sorted(ms for _, ms in pages)[len(pages) // 2] for pages in (taken[:tenth], taken[-tenth:]))
     result = table(
         f"A transaction held open for {seconds} s while {number} keys are committed and delivered",
         "", "first tenth", "last tenth", "ratio", "target",
@@ -163,7 +163,7 @@ def old_transaction(server: URL, *, seconds: int) -> None:
     verdict = Target(1.5).verdict(last / first)
     result.add_row("reading a page, median (ms)", f"{first:.2f}", f"{last:.2f}", f"{last / first:.2f}×", verdict)
     part = max(1, len(lateness) // 10)
-    early, late = (sorted(some)[int(len(some) * 0.99)] * 1000 for some in (lateness[:part], lateness[-part:]))
+    early, late = (sorted(delays)[int(len(delays) * 0.99)] * 1000 for delays in (lateness[:part], lateness[-part:]))
     result.add_row(
         "before the commit to the index, p99 (ms)", f"{early:.0f}", f"{late:.0f}", f"{late / early:.2f}×", ""
     )
@@ -171,7 +171,7 @@ def old_transaction(server: URL, *, seconds: int) -> None:
 
 
 def _time_pages(engine: Engine, taken: list[tuple[float, float]]) -> None:
-    """The execution time of each page of the outbox."""
+    """Record the execution time of each page of the outbox in *taken*."""
     started = threading.local()
 
     @event.listens_for(engine, "before_cursor_execute")
@@ -188,7 +188,7 @@ def _time_pages(engine: Engine, taken: list[tuple[float, float]]) -> None:
 
 
 class Picky(Nowhere):
-    """Refuses one fact, and with it every batch that it is in."""
+    """An index that refuses every batch with the fact *poison*."""
 
     def upsert(self, points: Sequence[Point]) -> None:
         for point in points:
@@ -228,7 +228,7 @@ def poison(server: URL, *, quick: bool) -> None:
 
 
 def backlog(server: URL, *, keys: int) -> None:
-    """In a process of its own, whose memory is looked at when it is done."""
+    """Drain *keys* keys in a separate process, and read its peak memory at the end."""
     context = multiprocessing.get_context("spawn")
     with application(server) as app:
         app.commit(range(100))
@@ -276,12 +276,12 @@ def _drain(url: str, answers: Any) -> None:
 
 
 def _incarnation(engine: Engine) -> str:
-    """Of the index in the other process: this one goes on where that was."""
+    """The incarnation of the index in the other process. With it, this process continues at its position."""
     with engine.connect() as connection:
         return str(connection.execute(text("SELECT incarnation FROM memstate_index")).scalar_one())
 
 
 def _peak_mb() -> float:
-    """Of this process alone: getrusage begins at what its parent had."""
+    """The peak memory of this process alone. (getrusage would include the parent's peak before the fork.)"""
     [line] = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024

@@ -1,7 +1,7 @@
-"""The relay's peers: job queues on PostgreSQL, each emptying a backlog with a handler that does nothing.
+"""The relay's peers: job queues on PostgreSQL, which drain a backlog with a handler that does nothing.
 
-Each is set up as its own documentation does it, in a database of its own. The time runs from the start of the worker to
-the last job handled: what a worker takes to stop is not in it, nor its last acknowledgements.
+Each queue has a separate database, and the settings of its own documentation. The time runs from the start of the
+worker to the last handled job. It excludes the last acknowledgements and the end of the worker.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from benchmarks.report import Target
 
 AT_ONCE = 1000
-"""Jobs are enqueued by so many."""
+"""The number of jobs that are enqueued together."""
 
 LONGEST_S = 600
 
 
 class Pace(NamedTuple):
-    """Jobs a second: over all of the backlog, and once running, which is over its second half."""
+    """Jobs a second, for the whole backlog (overall) and for its second half (running)."""
 
     overall: float
     running: float
 
 
 class Handled:
-    """Which jobs, by number, a handler was called with, and when."""
+    """The numbers of the jobs that a handler was called with, and the times."""
 
     def __init__(self, count: int) -> None:
         self.all = asyncio.Event()
@@ -53,7 +53,7 @@ class Handled:
             self.all.set()
 
     def pace(self, start: float, end: float | None = None) -> Pace:
-        """*end*: when all was done; the last job by default. Every job must have been handled, once."""
+        """The pace until *end*, by default the time of the last job. Asserts that every job was handled once."""
         assert sorted(self._numbers) == list(range(self._count))
         middle, last = self._times[self._count // 2 - 1], self._times[-1]
         rest = self._count - bisect_right(self._times, middle)
@@ -61,9 +61,9 @@ class Handled:
 
 
 def clock() -> float:
-    """The time, once what the preparations left behind is gone, or is no concern of the garbage collector.
+    """The time after a garbage collection. The remaining objects are excluded from later collections.
 
-    Each contender is measured as in a process of its own: none pays for what the others have imported.
+    So no contender pays for the imports and objects of others.
     """
     gc.collect()
     gc.freeze()
@@ -72,9 +72,9 @@ def clock() -> float:
 
 @dataclass(frozen=True)
 class Peer:
-    """``drain`` gets the URL of an empty database and the number of jobs; ``target`` is for ours over theirs.
+    """A job queue. ``drain`` gets the URL of an empty database and the number of jobs.
 
-    ``in_short``: it takes part when there is little time.
+    ``target`` is for the ratio of our pace to theirs. A peer with ``in_short`` also takes part in quick runs.
     """
 
     name: str
@@ -85,12 +85,12 @@ class Peer:
     in_short: bool = False
 
     def missing(self) -> str | None:
-        """What it needs and is not installed, by the name pip knows."""
+        """The first missing package, by its name for pip. None if all are installed."""
         return next((module.replace("_", "-") for module in self.needs if find_spec(module) is None), None)
 
 
 def _numbers(jobs: int) -> Iterator[range]:
-    """The numbers of the jobs, in the portions in which they are enqueued."""
+    """The numbers of the jobs, in groups that are enqueued together."""
     return (range(first, min(first + AT_ONCE, jobs)) for first in range(0, jobs, AT_ONCE))
 
 
@@ -150,8 +150,8 @@ async def pgqueuer(url: str, jobs: int, *, driver: str, batch_size: int) -> Pace
     await asyncio.wait_for(handled.all.wait(), LONGEST_S)
     while (await queue.driver.fetch("SELECT count(*) AS jobs FROM pgqueuer"))[0]["jobs"]:  # noqa: ASYNC110  # a table
         await asyncio.sleep(0.01)
-    # It would end by itself, through psycopg four seconds later: queries there wait until LISTEN gives way. So it is
-    # cut off, whatever it says to that.
+    # It would end by itself, but with psycopg four seconds later, because queries wait for LISTEN. So cancel it, and
+    # ignore its errors.
     running.cancel()
     await workers.close()
     with suppress(asyncio.CancelledError, Exception):
@@ -228,4 +228,4 @@ PEERS = (
         Target(4, at_least=True),
     ),
 )
-"""As they come or as their README starts them, then as their guides tune them for many short jobs."""
+"""Each queue with its default settings, or those of its README, and with its guide's settings for many short jobs."""

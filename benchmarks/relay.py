@@ -1,4 +1,4 @@
-"""The relay into persistent Chroma, beside Chroma's own bulk upsert of the same vectors."""
+"""Delivery by the relay to persistent Chroma, compared with Chroma's own bulk upsert of the same vectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memstate_sa.indexes import ChromaIndex
 
 TARGET = Target(85, " %", at_least=True)
 BATCHES = (250, 1000, 2500, None)
-"""Batch sizes to try for Chroma; None is the largest it takes."""
+"""Batch sizes to try for Chroma. None is the largest that it accepts."""
 
 
 class Base(DeclarativeBase):
@@ -82,7 +82,7 @@ def run(*, quick: bool = False) -> None:
 def bulk(contents: Sequence[str], embedder: Precomputed, batch: int | None, *, marked: bool = False) -> float:
     """Points a second of ``collection.upsert`` with ids, vectors and the same two metadata fields.
 
-    *marked*: with the fingerprint, too, by which a point tells what content it was made from.
+    With *marked*, each point also has a fingerprint of its content, like ours.
     """
     all_rows = rows(contents)
     with databases.folder() as home, databases.chroma(home) as client:
@@ -92,18 +92,18 @@ def bulk(contents: Sequence[str], embedder: Precomputed, batch: int | None, *, m
         size = batch or client.get_max_batch_size()
         start = perf_counter()
         for first in range(0, len(all_rows), size):
-            some = all_rows[first : first + size]
+            part = all_rows[first : first + size]
             marks = {"memstate_sa": "0123456789abcdef0123456789abcdef"} if marked else {}
             collection.upsert(
-                ids=[f"preference[{row['id']}]" for row in some],
-                embeddings=embedder.embed([row["content"] for row in some]),
-                metadatas=[{"user_id": row["user_id"], "role": row["role"], **marks} for row in some],
+                ids=[f"preference[{row['id']}]" for row in part],
+                embeddings=embedder.embed([row["content"] for row in part]),
+                metadatas=[{"user_id": row["user_id"], "role": row["role"], **marks} for row in part],
             )
         return len(contents) / (perf_counter() - start)
 
 
 def relay(contents: Sequence[str], embedder: Precomputed, *, refill: bool = False) -> float:
-    """Keys a second of ``drain()``: of facts just committed, or (*refill*) to an index that is new."""
+    """Keys a second of ``drain()``, for new facts, or for a new index with *refill*."""
     with databases.folder() as home, databases.chroma(home) as client:
         memory = Memory(ChromaIndex(client, "memory"), embedder=embedder)
         memory.track(Preference, text="content", metadata=("user_id", "role"))

@@ -1,4 +1,4 @@
-"""Timing side by side, and tables of ratios."""
+"""Interleaved measurements, and tables of ratios."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The measurement of every contender, *rounds* times, taking turns: a slow minute of the machine hits them all.
+    """*rounds* measurements of every contender, in turns, so that a slow minute of the machine affects all of them.
 
-    Every second round goes backwards, so that none is always the one after a heavy neighbour.
+    Every second round has the reverse order, so that a contender does not always run after the same one.
     """
     measured: dict[str, list[float]] = {name: [] for name in contenders}
     for number in track(range(rounds), "measuring", console=console, transient=True):
@@ -27,7 +27,7 @@ def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> d
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median of the pairs' ratios."""
+    """The median of the ratios of pairs."""
     return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
@@ -39,7 +39,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure is held against; it is only ever printed, never asserted."""
+    """The goal for a figure. It is only printed, never asserted."""
 
     limit: float
     unit: str = "×"

@@ -1,4 +1,4 @@
-"""What hydrating and vouching cost a search: memory.search beside the bare Chroma query it makes."""
+"""The cost of hydrating and checking hits: memory.search compared with the bare Chroma query that it makes."""
 
 from __future__ import annotations
 

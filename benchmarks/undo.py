@@ -1,4 +1,4 @@
-"""Taking back the last 1,000 transactions behind a short log and a long one; what a fact was; memstate's rollback."""
+"""Undo of the last 1,000 transactions with short and long logs, reads of the past, and memstate's rollback."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _entered(stack: ExitStack, manager: Callable[[], Any]) -> str:
 
 
 class Counting(HashEmbedder):
-    """Counts the texts that it is given."""
+    """An embedder that counts its texts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,10 @@ _POSTGRESQL = {
 
 
 class World:
-    """Facts and *entries* of log, one transaction each, as capture writes them; no entry is delivered."""
+    """A database with facts and *entries* log entries, one for each transaction, as capture writes them.
+
+    No key is delivered.
+    """
 
     def __init__(self, url: str, entries: int) -> None:
         self.engine = databases.engine(url)
@@ -128,17 +131,17 @@ class World:
                 connection.execute(text("VACUUM ANALYZE"))
 
     def at(self, number: int) -> datetime:
-        """Between the *number*-th entry and the next."""
+        """A time between the *number*-th entry and the next."""
         return self.base + timedelta(milliseconds=10 * number + 5)
 
     def change(self, count: int, *, stride: int = 0, offset: int = 0, session_id: str = "later") -> None:
-        """*count* single-fact transactions, each an update of another fact: by default they are all over the table."""
+        """Make *count* transactions, each an update of another fact. By default the facts are all over the table."""
         self._write(count, stride=stride or self.facts // count, offset=offset, session_id=session_id)
 
     def _write(
         self, count: int, *, op: str = "update", stride: int = 1, offset: int = 0, session_id: str = "earlier"
     ) -> None:
-        """In a few statements, whatever *count*: a million transactions through a Session take a quarter of an hour."""
+        """Write the transactions in a few statements. Through a Session, a million would take a quarter of an hour."""
         first, last = self._last + 1, self._last + count
         self._last = last
         sql = self._sql
@@ -171,7 +174,7 @@ class World:
             for statement in written:
                 connection.execute(text(statement), {k: v for k, v in parameters.items() if f":{k}" in statement})
 
-    # -- what is measured ----------------------------------------------------------------------------------------------
+    # -- measurements --------------------------------------------------------------------------------------------------
 
     def rollback(self) -> float:
         """Milliseconds of ``rollback(1000)`` and the commit."""
@@ -179,12 +182,12 @@ class World:
         return self._timed(STEPS)
 
     def rollback_of_neighbours(self) -> float:
-        """The same of facts that lie side by side: as many pages are written, however large the tables are."""
+        """The same for neighbouring facts, so that the number of written pages does not depend on the tables' size."""
         self.change(STEPS, stride=1, offset=self.facts // 2)
         return self._timed(STEPS)
 
     def rollback_of_a_run(self) -> float:
-        """The same of one session_id, behind as many transactions of others."""
+        """The same for one session_id, before as many transactions of others."""
         self.change(STEPS, session_id="run")
         self.change(STEPS, offset=1)
         return self._timed(STEPS, session_id="run")
@@ -200,7 +203,7 @@ class World:
         return taken * 1000
 
     def by_hand(self) -> float:
-        """The floor: the rows read, updated, logged and marked by their keys, of which nothing had to be found out."""
+        """The lower limit: read, update, log and mark rows whose keys are known in advance."""
         self.change(STEPS)
         stride = self.facts // STEPS
         preference = self.model.__table__
@@ -212,9 +215,9 @@ class World:
             statements.take_write_lock(connection)
             present = connection.execute(select(preference).where(preference.c.id.in_(keys)).with_for_update())
             images = [{**row, "content": row["content"] + ", again"} for row in present.mappings()]
-            connection.execute(statement, [{"b_id": it["id"], "b_text": it["content"]} for it in images])
-            facts = [("preference", encode_key([it["id"]])) for it in images]
-            entries = [LogEntry(*fact, "update", it) for fact, it in zip(facts, images, strict=True)]
+            connection.execute(statement, [{"b_id": image["id"], "b_text": image["content"]} for image in images])
+            facts = [("preference", encode_key([image["id"]])) for image in images]
+            entries = [LogEntry(*fact, "update", image) for fact, image in zip(facts, images, strict=True)]
             outbox.add(connection, entries, facts, new_tx(), utcnow(), {"preference": 1})
         return (perf_counter() - start) * 1000
 
@@ -222,18 +225,18 @@ class World:
         """Milliseconds of ``as_of`` by key, at a random moment."""
         random = Random(1)
         with self.sessions() as session:
-            asked = [
+            moments = [
                 (random.randint(1, self.facts), self.at(random.randint(self.facts, self._last))) for _ in range(200)
             ]
             start = perf_counter()
-            for key, at in asked:
+            for key, at in moments:
                 assert self.memory.as_of(session, self.model, key, at) is not None
-            return (perf_counter() - start) * 1000 / len(asked)
+            return (perf_counter() - start) * 1000 / len(moments)
 
     def embedded_again(self) -> int:
-        """Texts embedded after a rollback of 1,000 facts whose earlier content had a vector before.
+        """The number of texts embedded after a rollback of 1,000 facts whose old content had a vector before.
 
-        By a Memory that knows of it from the database alone, as if the process had been started again.
+        A new Memory does it, which knows only the database, as after a restart of the process.
         """
         relay = self.memory.relay(self.engine)
         relay.drain(timeout=600)
@@ -299,7 +302,7 @@ def measure(database: str, new_url: Callable[[], str], sizes: Sequence[int], rou
 
 
 def beside_the_peer(home: Path, rounds: int, stack: ExitStack) -> None:
-    """100 commits taken back, on SQLite and Chroma; and until the index has followed, which memstate's does at once."""
+    """Undo of 100 commits on SQLite and Chroma, and the time until the index follows. memstate's follows at once."""
     steps = 100
     contents = iter(texts(2 * steps * (rounds + 1)))
     contenders = {"theirs": theirs(home, steps, contents, stack), "ours": ours(home, steps, contents, stack)}
@@ -330,7 +333,7 @@ def beside_the_peer(home: Path, rounds: int, stack: ExitStack) -> None:
 
 
 Round = Callable[[], tuple[float, float]]
-"""Commits, then takes them back: seconds of the rollback, and until the index has followed."""
+"""Commits, then undoes the commits. Returns seconds of the rollback, and seconds until the index has followed."""
 
 
 def theirs(home: Path, steps: int, contents: Iterator[str], stack: ExitStack) -> Round:

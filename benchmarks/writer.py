@@ -1,7 +1,7 @@
-"""One contender of the capture benchmark, in a process of its own: SQLAlchemy-Continuum patches every mapper.
+"""One contender of the capture benchmark, in a separate process because SQLAlchemy-Continuum patches every mapper.
 
-Run as ``python -m benchmarks.writer CONTENDER URL``; reads "insert|update|delete COUNT" from stdin, answers seconds,
-and of PostgreSQL the bytes of WAL.
+Run it as ``python -m benchmarks.writer CONTENDER URL``. It reads "insert|update|delete COUNT" from stdin, and answers
+with seconds and bytes of WAL (0 on SQLite).
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def plain(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
 
 
 def by_hand(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
-    """The floor: the same rows of log and outbox, from what the objects hold. Nothing is read back, or looked for."""
+    """The lower limit: the same rows of log and outbox, made from the objects, without any reads."""
     model, sessions = plain(engine)
     tables.metadata.create_all(engine)
 
     def write(session: Session, context: Any) -> None:
-        touched = [*((it, "insert") for it in session.new), *((it, "update") for it in session.dirty)]
+        changes = [*((fact, "insert") for fact in session.new), *((fact, "update") for fact in session.dirty)]
         entries, dirty = [], []
-        for it, op in [*touched, *((it, "delete") for it in session.deleted)]:
-            image = {name: getattr(it, name) for name in COLUMNS} if op != "delete" else None
-            entries.append(LogEntry("preference", f"[{it.id}]", op, image))  # type: ignore[arg-type]
-            dirty.append(("preference", f"[{it.id}]"))
+        for fact, op in [*changes, *((fact, "delete") for fact in session.deleted)]:
+            image = {name: getattr(fact, name) for name in COLUMNS} if op != "delete" else None
+            entries.append(LogEntry("preference", f"[{fact.id}]", op, image))  # type: ignore[arg-type]
+            dirty.append(("preference", f"[{fact.id}]"))
         outbox.add(session.connection(), entries, dirty, new_tx(), tables.utcnow(), {"preference": 1})
 
     event.listen(sessions, "after_flush", write)
@@ -121,7 +121,7 @@ CONTENDERS = {
 
 
 def commit(model: type[Any], sessions: sessionmaker[Session], op: str, count: int) -> tuple[float, int]:
-    """Seconds and bytes of WAL of ``session.commit()`` of *count* changed objects; changing them is not in it."""
+    """Seconds and bytes of WAL of ``session.commit()`` for *count* changed objects, without the time of the changes."""
     with sessions() as session:
         if op == "insert":
             session.add_all(

@@ -1,4 +1,4 @@
-"""Embedders: what turns texts into vectors, and one that works offline."""
+"""Embedders, which turn texts into vectors. `WordLlamaEmbedder` works offline."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from memstate_sa.runtime import forks
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Texts to vectors; called from several threads.
+    """Turns texts into vectors. Several threads call it.
 
-    ``fingerprint`` names the model and whatever else changes its vectors: an index keeps it, and refuses another.
+    ``fingerprint`` identifies the model, and every setting that changes its vectors. An index stores it, and refuses
+    another one.
 
-    A model that embeds queries unlike documents has another method, ``embed_query(text: str) -> Vector``, which the
-    module's `embed_query` prefers.
+    A model that embeds queries and documents differently has a second method, ``embed_query(text: str) -> Vector``.
+    Searches use it.
 
-    OSError, TimeoutError, an HTTP client's connection errors and the statuses 401, 403, 408, 409, 425, 429 and 5xx are
-    tried again later; any other exception rejects the batch, which is then bisected.
+    After OSError, TimeoutError, an HTTP client's connection errors and the statuses 401, 403, 408, 409, 425, 429 and
+    5xx, the relay tries again later. After any other exception, it splits the batch in halves to find the refused text.
     """
 
     @property
@@ -45,10 +46,10 @@ class Embedder(Protocol):
 
 
 def checked(embedder: Embedder, texts: Sequence[str]) -> NDArray[np.float32]:
-    """``embedder.embed(texts)`` as a float32 array of shape ``(len(texts), dimension)``, every value finite.
+    """``embedder.embed(texts)`` as a float32 array of shape ``(len(texts), dimension)``, with finite values only.
 
-    Raises DeliveryRetryable when the embedder is unavailable, DeliveryRejected when it fails otherwise or returns
-    anything else.
+    Raises DeliveryRetryable if the embedder is unavailable. Raises DeliveryRejected if it fails otherwise, or returns
+    an invalid array.
     """
     if not texts:
         return np.empty((0, embedder.dimension), dtype=np.float32)
@@ -62,7 +63,7 @@ def checked(embedder: Embedder, texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def embed_query(embedder: Embedder, text: str) -> Vector:
-    """The vector to search with for *text*: by the embedder's own ``embed_query`` where it has one."""
+    """The vector of the query *text*. Uses the embedder's own ``embed_query`` if it has one."""
     own = getattr(embedder, "embed_query", None)
     if own is None:
         vector: Vector = checked(embedder, [text])[0]
@@ -77,28 +78,28 @@ def embed_query(embedder: Embedder, text: str) -> Vector:
 
 
 def _failure(embedder: Embedder, error: Exception, texts: Sequence[str]) -> DeliveryError:
-    message = f"embedder {embedder.fingerprint!r} failed"
+    message = f"Embedder {embedder.fingerprint!r} failed"
     return delivery_error(error, message, unknown=DeliveryRejected, sent=texts)
 
 
 def _valid(embedder: Embedder, result: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
     try:
-        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinity, refused below
-            array = np.array(result, dtype=np.float32)  # a copy: the embedder may fill the same buffer the next time
+        with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity, which is refused below
+            array = np.array(result, dtype=np.float32)  # a copy, because the embedder may reuse its buffer
     except (TypeError, ValueError) as error:
-        raise DeliveryRejected(f"embedder {embedder.fingerprint!r} returned no array of numbers") from error
+        raise DeliveryRejected(f"Embedder {embedder.fingerprint!r} did not return an array of numbers.") from error
     if array.shape != shape:
-        raise DeliveryRejected(f"embedder {embedder.fingerprint!r} returned shape {array.shape}, not {shape}")
+        raise DeliveryRejected(f"Embedder {embedder.fingerprint!r} returned shape {array.shape} instead of {shape}.")
     if not np.isfinite(array).all():
-        raise DeliveryRejected(f"embedder {embedder.fingerprint!r} returned NaN or infinity")
+        raise DeliveryRejected(f"Embedder {embedder.fingerprint!r} returned NaN or infinity.")
     return array
 
 
 class WordLlamaEmbedder:
-    """Static word embeddings from the wordllama wheel: offline, NumPy alone, 256 dimensions.
+    """Static word embeddings from the wordllama wheel. They work offline with NumPy only, and have 256 dimensions.
 
-    The model (16 MB) is loaded at the first use. A text's vector is the mean of its tokens' vectors, of which only the
-    first 50,000 characters count: the mean has settled long before, and tokenizing 10 MB takes 20 s and 1 GB.
+    The model (16 MB) is loaded at the first use. A text's vector is the mean of its tokens' vectors. Only the first
+    50,000 characters count: the mean hardly changes after them, and tokenizing 10 MB takes 20 s and 1 GB.
     """
 
     dimension = 256
@@ -118,7 +119,7 @@ class WordLlamaEmbedder:
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         tokenizer, table = self._loaded()
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
-        # The tokenizer takes UTF-8, which has no lone surrogates: they become "?".
+        # The tokenizer needs UTF-8, which cannot hold lone surrogates. They become "?".
         clipped = [text[: self._CHARACTERS].encode(errors="replace").decode() for text in texts]
         for vector, encoding in zip(vectors, tokenizer.encode_batch(clipped, add_special_tokens=False), strict=True):
             if encoding.ids:
@@ -128,8 +129,8 @@ class WordLlamaEmbedder:
     def _loaded(self) -> tuple[Any, NDArray[np.float32]]:
         with self._lock:
             if self._model is None:
-                # Its files are read directly. Importing wordllama sets the root logger to INFO with a handler of its
-                # own, and its embed() pads a batch to its longest text: one of 1 MB among 64 takes 60 GB.
+                # Read its files directly. Importing wordllama sets the root logger to INFO and adds a handler. Its
+                # embed() pads a batch to the longest text: with one text of 1 MB, a batch of 64 takes 60 GB.
                 spec = find_spec("wordllama")
                 if spec is None or spec.origin is None:
                     raise MissingExtra("wordllama", "wordllama")
@@ -147,10 +148,11 @@ class WordLlamaEmbedder:
 
 
 class ChromaEmbedder:
-    """Any Chroma embedding function, with its own ``embed_query`` where it has one.
+    """Any Chroma embedding function. Queries use the function's own ``embed_query`` if it has one.
 
-    The fingerprint is made of its ``name()`` and ``get_config()``. A function without them is known by its class alone:
-    give a *fingerprint* that changes with the model. Without *dimension*, one word is embedded to learn it.
+    The fingerprint is made from its ``name()`` and ``get_config()``, or only from its class if it has neither. For such
+    a function, pass a *fingerprint* that changes with the model. Without *dimension*, one word is embedded to measure
+    it.
     """
 
     def __init__(
@@ -191,7 +193,7 @@ def _fingerprint(function: Any) -> str:
 
     def ask(method: str) -> Any:
         own = getattr(kind, method, None)
-        # The base class's answer is a DeprecationWarning and NotImplemented.
+        # The base class's method only warns with a DeprecationWarning and returns NotImplemented.
         return getattr(function, method)() if callable(own) and own is not getattr(base, method) else None
 
     name, config = ask("name"), ask("get_config")

@@ -1,4 +1,4 @@
-"""Everything memstate_sa raises on purpose; the docstring is the default message."""
+"""The errors of memstate_sa. The docstring of each is its default message."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from memstate_sa.runtime.printable import printable
 
 
 class MemstateError(Exception):
-    """memstate_sa could not do what was asked."""
+    """memstate_sa could not do this."""
 
     def __init__(self, message: str | None = None) -> None:
-        # A message may quote a key or a label, and be printed to a terminal.
+        # A message may quote a key or a label, and a terminal may print it.
         super().__init__(printable(message or (type(self).__doc__ or "").strip(), keep="\n\t"))
 
 
 class ValidationFailed(MemstateError):
-    """The fact does not satisfy its schema; nothing was written.
+    """The fact does not satisfy its schema. Nothing was written.
 
-    ``errors`` is Pydantic's own error list, without the offending input, ready to hand back to a model.
+    ``errors`` is Pydantic's own error list, without the input values. A program can hand it back to a language model.
     """
 
     def __init__(self, message: str | None = None, *, errors: Sequence[Any] = ()) -> None:
@@ -29,9 +29,9 @@ class ValidationFailed(MemstateError):
 
 
 class ConflictError(MemstateError):
-    """Another change is in the way; nothing was written.
+    """Another change is in the way. Nothing was written.
 
-    ``changes`` holds the `Change` objects in the way, where there are any.
+    ``changes`` lists the `Change` objects that are in the way, if any.
     """
 
     def __init__(self, message: str | None = None, *, changes: Sequence[Any] = ()) -> None:
@@ -48,7 +48,7 @@ class HistoryMissing(MemstateError):
 
 
 class UntrackedWrite(MemstateError):
-    """This write to a tracked table would bypass the log and the index."""
+    """A write to a tracked table would bypass the log and the index."""
 
 
 class IndexMismatch(MemstateError):
@@ -60,10 +60,10 @@ class DeliveryError(MemstateError):
 
 
 class DeliveryRetryable(DeliveryError):
-    """The index or the embedder is unavailable; the same call may succeed later.
+    """The index or the embedder is unavailable. The same call may succeed later.
 
-    ``retry_after_s`` is how long the provider asked to be left alone, or None. ``may_land``: no answer came, so the
-    call may yet take effect; False where the provider said no, or was not reached.
+    ``retry_after_s`` is the delay in seconds that the provider asked for, or None. ``may_land`` is True when no answer
+    came, so the call may still take effect. It is False when the provider refused the call, or was not reached.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DeliveryRetryable(DeliveryError):
 
 
 class IndexBroken(DeliveryRetryable):
-    """The files of the index are damaged. `Memory.verify` with ``repair=True`` makes it anew, and fills it."""
+    """The files of the index are damaged. `Memory.verify` with ``repair=True`` creates the index again and fills it."""
 
 
 class DeliveryRejected(DeliveryError):
@@ -86,12 +86,15 @@ class MissingExtra(MemstateError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed; run: pip install 'memstate-sa[{extra}]'")
+        super().__init__(f"{package} is not installed. Run: pip install 'memstate-sa[{extra}]'")
         self.extra = extra
 
 
 def require_module(module: str, extra: str, package: str | None = None) -> Any:
-    """*module*, imported. Raises MissingExtra, naming *package* (default: the module's own), where it is not there."""
+    """*module*, imported. Raises MissingExtra with the name of *package* when it is not installed.
+
+    *package* is by default the first part of the module's name.
+    """
     try:
         return import_module(module)
     except ImportError as error:

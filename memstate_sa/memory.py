@@ -17,6 +17,7 @@ from memstate_sa.db import creation, functions
 from memstate_sa.db.dialects import database_of
 from memstate_sa.db.sessions import AnySession, sync_session
 from memstate_sa.db.sync_engines import SyncEngines
+from memstate_sa.embedders import Embedder
 from memstate_sa.embedding.destinations import indexes_by_name, make_destinations
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes.base import VectorIndex
@@ -57,25 +58,28 @@ Text: TypeAlias = str | QueryableAttribute[Any] | Callable[[M], str | None] | No
 class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     """Facts in SQL and their meaning in vector indexes. The application's own transactions keep both in step.
 
-    *index*: a `VectorIndex`, which is then named "memory", or several by name.
+    *index*: a `VectorIndex`, which is then named "memory", or several by name. Without an index there is no search, and
+    history and undo work as always.
     *options*: see `MemoryOptions`.
 
     There is no module-level state: two Memory objects do not see each other. Nothing is opened before its first use.
     """
 
-    def __init__(self, index: VectorIndex | Mapping[str, VectorIndex], **options: Unpack[MemoryOptions]) -> None:
+    def __init__(
+        self, index: VectorIndex | Mapping[str, VectorIndex] | None = None, **options: Unpack[MemoryOptions]
+    ) -> None:
         require_options("Memory", options, MemoryOptions)
         delivery, embedding_cache = options.get("delivery", "relay"), options.get("embedding_cache", 100_000)
         if delivery not in ("relay", "strict"):
             raise MemstateError(f"Cannot use delivery={delivery!r}. Choose 'relay' or 'strict'.")
         self.indexes = indexes_by_name(index)
+        if delivery == "strict" and not self.indexes:
+            raise MemstateError("Cannot use delivery='strict' without an index. Give an index.")
         if embedding_cache != 0:
             require_count("embedding_cache", embedding_cache, "how many vectors to keep, 0 for none")
         self.successors = dict(options.get("successors") or {})
         check_successors(self.successors, self.indexes)
         self._destinations = make_destinations(self.indexes, options.get("embedder"), stored=embedding_cache)
-        embedders = [destination.vectors.embedder for destination in self._destinations.values()]
-        self.embedder = embedders[0]
         self._engines = SyncEngines()
         self._registry = Registry()
         self._notifier = Notifier()
@@ -90,7 +94,14 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         self._searcher = Searcher(self._registry, self._capture, self._destinations, self._succession)
         self._undo = Undo(self._registry, self._capture, self._recorder)
         self._sweeper = Sweeper(self._capture)
-        self._eraser = Eraser(self._registry, self._capture, self._recorder, embedders)
+        self._eraser = Eraser(self._registry, self._capture, self._recorder, self._destinations)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder of the first index. Raises MemstateError when this Memory has no index."""
+        for destination in self._destinations.values():
+            return destination.vectors.embedder
+        raise MemstateError("Cannot embed: this Memory has no index. Use Memory(index, embedder=…).")
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
@@ -117,8 +128,8 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         index = options.get("index")
         names = [*self.indexes] if index is None else [index] if isinstance(index, str) else [*index]
         self._open()
-        if not names or not self.indexes.keys() >= set(names):
-            raise MemstateError(f"index={index!r}: this Memory has {', '.join(self.indexes)}")
+        if (index is not None and not names) or not self.indexes.keys() >= set(names):
+            raise MemstateError(f"Cannot use index={index!r}: this Memory has {', '.join(self.indexes) or 'no index'}.")
         names = self._succession.with_successors(names)
 
         def tracked(model: type[M]) -> type[M]:

@@ -9,7 +9,7 @@ down_revision = None
 branch_labels = ("memstate",)
 depends_on = None
 
-# As they were then: what the package would create today is another matter.
+# Copied from the version of that time, because the package creates other triggers today.
 REFUSED = (
     "memstate_log is append-only: memory.rollback() undoes a change, memory.erase() forgets a fact, "
     "Retention(log=...) folds old entries"

@@ -1,4 +1,4 @@
-"""The tables of LangGraph's checkpoints, and of the items of its store."""
+"""The tables of LangGraph's checkpoints and store items."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Functions run only for the table and event that they were made for; the log takes no entry with an id of the past."""
+"""Functions run only for the table and event that they were made for. The log refuses entries with old ids."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "memstate_0002"
 branch_labels = None
 depends_on = None
 
-# As they were then: what the package would create today is another matter.
+# Copied from the version of that time, because the package creates other triggers today.
 ON_POSTGRESQL = (
     """CREATE OR REPLACE FUNCTION memstate_append_only() RETURNS trigger LANGUAGE plpgsql SET search_path = \
 pg_catalog, pg_temp AS $memstate$
@@ -59,7 +59,7 @@ $memstate$""",
     """REVOKE ALL ON FUNCTION memstate_append_only_insert() FROM PUBLIC""",
     """CREATE OR REPLACE TRIGGER memstate_append_only_insert BEFORE INSERT ON memstate_log FOR EACH ROW \
 EXECUTE FUNCTION memstate_append_only_insert()""",
-    # Functions of tracked tables, which an older version left for everybody to use.
+    # Close the functions of tracked tables, which an older version left open to all roles.
     """DO $memstate_do$
 DECLARE
   f record;
@@ -111,7 +111,7 @@ memory.create_tables(engine), or a migration.'';
 END
 $memstate_do$""",
 )
-# The one that 0001 made.
+# The function of 0001.
 BEFORE = """CREATE OR REPLACE FUNCTION memstate_append_only() RETURNS trigger LANGUAGE plpgsql AS $memstate$
 BEGIN
   IF current_setting('memstate.rewrite', true) IS DISTINCT FROM 'on' THEN
@@ -136,7 +136,7 @@ def upgrade():
 
 
 def downgrade():
-    """What was open stays closed."""
+    """Restore the function of 0001. The functions of tracked tables stay closed."""
     if op.get_context().dialect.name == "postgresql":
         run("DROP TRIGGER IF EXISTS memstate_append_only_insert ON memstate_log")
         run("DROP FUNCTION IF EXISTS memstate_append_only_insert()")
@@ -146,7 +146,7 @@ def downgrade():
 
 
 def run(statement):
-    """As it is written: op.execute() would take a colon for a parameter."""
+    """Run *statement* as it is. op.execute() would read a colon as a parameter."""
     context = op.get_context()
     if context.as_sql:
         context.impl.static_output(statement + context.impl.command_terminator)

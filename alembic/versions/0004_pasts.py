@@ -1,4 +1,4 @@
-"""Which past of the database an index was filled from, and what of each class it holds."""
+"""The past of the database that filled each index, and the projections of classes in it."""
 
 import sqlalchemy as sa
 from alembic import op

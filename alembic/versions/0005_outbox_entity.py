@@ -1,4 +1,4 @@
-"""An index by which a search finds what is undelivered of one class."""
+"""An index for searches: it finds the undelivered keys of one class."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""Which transactions each entry of the log was written beside: moments that do not change when one commits late."""
+"""The snapshot of each log entry's transaction, so that a late commit does not change a moment in the past."""
 
 import sqlalchemy as sa
 from alembic import op

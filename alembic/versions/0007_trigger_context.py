@@ -1,4 +1,4 @@
-"""The table memstate_current is called memstate_trigger_context. Triggers that name it follow."""
+"""Rename the table memstate_current to memstate_trigger_context, also in the triggers that use it."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ depends_on = None
 
 OLD, NEW = "memstate_current", "memstate_trigger_context"
 
-# Functions of tracked tables are in the schema of our tables. They keep their owner, their rights and their settings.
+# Functions of tracked tables are in the schema of our tables. They keep their owner, rights and settings.
 IN_FUNCTIONS = """DO $memstate_do$
 DECLARE
   f record;
@@ -33,7 +33,7 @@ REFUSED = (
     "memstate_log is append-only: memory.rollback() undoes a change, memory.erase() forgets a fact, "
     "Retention(log=...) folds old entries"
 )
-# The triggers of the log on SQLite, as they were then.
+# The triggers of the log on SQLite in the version of that time.
 OF_LOG = (
     ("update", "BEFORE UPDATE", "1"),
     ("delete", "BEFORE DELETE", "1"),
@@ -63,7 +63,7 @@ def rename(old, new):
 
 
 def rename_on_sqlite(old, new):
-    """Copy the rows: SQLite cannot rename a constraint, and would write another name into triggers."""
+    """Copy the rows, because SQLite cannot rename a constraint, and would change the text of triggers."""
     create(new, f"pk_{new}")
     run(f"INSERT INTO {new} (name, value) SELECT name, value FROM {old}")
     naming = sa.text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND instr(sql, :old)")
@@ -74,7 +74,7 @@ def rename_on_sqlite(old, new):
 
 
 def rename_on_sqlite_offline(old, new):
-    """SQLite itself renames the table in triggers that a script cannot know."""
+    """Let SQLite rename the table in the triggers of tracked tables, which an offline script cannot know."""
     for name, _, _ in OF_LOG:
         run(f"DROP TRIGGER memstate_append_only_{name}")
     run(f"ALTER TABLE {old} RENAME TO {new}")
@@ -104,7 +104,7 @@ def create(name, key):
 
 
 def run(statement):
-    """As it is written: op.execute() would take a colon for a parameter."""
+    """Run *statement* as it is. op.execute() would read a colon as a parameter."""
     context = op.get_context()
     if context.as_sql:
         context.impl.static_output(statement + context.impl.command_terminator)

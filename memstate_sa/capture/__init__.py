@@ -1,1 +1,1 @@
-"""The write path: what a Session or a trigger changes reaches the log and the outbox in the same transaction."""
+"""The write path: each change by a Session or a trigger reaches log and outbox in the same transaction."""

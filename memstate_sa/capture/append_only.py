@@ -1,7 +1,7 @@
-"""The log is append-only by the database: triggers refuse whoever changes, removes or backdates an entry.
+"""Triggers keep the log append-only: the database refuses to change, remove or backdate an entry.
 
-They keep out mistakes, and programs that have never heard of us. A role that may drop a trigger, or that says what
-`rewriting` says, can still rewrite the log. Only the rights that the database grants keep it out.
+They protect against mistakes, and against programs that do not know memstate_sa. A role that may drop a trigger, or
+that sets the same setting as `rewriting`, can still rewrite the log. Only database rights keep such a role out.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ BEGIN
 END
 """
 
-# The sequence has just numbered an entry if its last value is the entry's id, or the last value of this session is:
-# others may have been quicker since. A log that has numbered no entry yet is being restored, and takes any id. An id of
-# the future moves the sequence, so that later entries still come after it. Half of all numbers stay for them. No
-# setting changes this: a role that may only add entries could set it as well.
+# There are three cases for the id of a new entry:
+# 1. The sequence has just numbered it. Its id is the last value of the sequence, or of this session, as others may have
+#    taken numbers since.
+# 2. The sequence has numbered no entry yet. Then the log is being restored, and any id is accepted.
+# 3. The id is larger. Then the sequence moves behind it, so that later entries still come after it. Half of all numbers
+#    stay free for them.
+# There is no setting for exceptions, because a role that may only add entries could set it too.
 _LAST_ID = 2**62
 _INSERT = f"""
 DECLARE
@@ -92,17 +95,17 @@ def _on_sqlite(name: str, moment: str, when: str = "1") -> Trigger:
 
 _TRIGGERS: Mapping[Database, Sequence[Trigger]] = {
     POSTGRESQL: [
-        # Once a statement, as TRUNCATE has no rows.
+        # Once per statement, because TRUNCATE has no rows.
         _on_postgresql("memstate_append_only", "UPDATE OR DELETE OR TRUNCATE", "STATEMENT", _CHANGE, definer=False),
-        # As the owner: who may add entries, need not be allowed to read the sequence.
+        # It runs as the owner, because a role that may add entries needs no right to read the sequence.
         _on_postgresql("memstate_append_only_insert", "INSERT", "ROW", _INSERT, definer=True),
     ],
     SQLITE: [
         _on_sqlite("update", "BEFORE UPDATE"),
         _on_sqlite("delete", "BEFORE DELETE"),
-        # REPLACE deletes rows without a word, unless recursive_triggers is on.
+        # REPLACE deletes rows without a DELETE trigger, unless recursive_triggers is on.
         _on_sqlite("insert", "BEFORE INSERT", f"EXISTS (SELECT 1 FROM {log.name} WHERE id = NEW.id)"),
-        # Only then the id is known.
+        # The id is known only after the INSERT.
         _on_sqlite("past", "AFTER INSERT", f"EXISTS (SELECT 1 FROM {log.name} WHERE id > NEW.id)"),
     ],
 }
@@ -117,7 +120,7 @@ def creating(database: Database) -> list[str]:
 
 
 def dropping(database: Database) -> list[str]:
-    """Statements that drop them, as far as they are there."""
+    """Statements that drop the log's triggers, if they exist."""
     if database is POSTGRESQL:
         drop = [f"DROP TRIGGER IF EXISTS {trigger.name} ON {log.name}" for trigger in _TRIGGERS[database]]
         return drop + _DROP_FUNCTIONS
@@ -137,15 +140,15 @@ for _statement in _DROP_FUNCTIONS:
 
 
 def install(connection: Connection) -> None:
-    """Create the log's triggers where they are not as they should be, on tables of before there were any.
+    """Create or replace the log's triggers, where they are missing or outdated.
 
-    ``metadata.create_all`` installs them with the table, in an Alembic migration ``op.memstate_protect_log()`` does.
+    ``metadata.create_all`` creates them with a new table. In an Alembic migration, ``op.memstate_protect_log()`` does.
     """
     triggers.replace(connection, log, _TRIGGERS[database_of(connection)])
 
 
 def missing(connection: Connection) -> list[str]:
-    """Which of the log's triggers are not there, or not as they should be."""
+    """The names of the log's triggers that are missing or outdated."""
     sources = triggers.installed(connection, log)
     return [t.name for t in _TRIGGERS[database_of(connection)] if sources.get(t.name) != t.source]
 
@@ -156,11 +159,11 @@ _remove = delete(trigger_context).where(trigger_context.c.name == _REWRITE)
 
 @contextmanager
 def rewriting(connection: Connection) -> Iterator[None]:
-    """Statements in here may change the log, on *connection* and in its transaction.
+    """Let the statements in this block change the log, on *connection* and in its transaction.
 
-    In a SAVEPOINT: where one fails, the permission goes with what it has done.
+    A SAVEPOINT takes back both the permission and the changes when a statement fails.
     """
-    take_write_lock(connection)  # a driver that begins by itself does not do so at a SAVEPOINT
+    take_write_lock(connection)  # a driver that begins transactions itself does not begin one at a SAVEPOINT
     as_setting = database_of(connection).has_transaction_settings
     with connection.begin_nested():
         functions.set_transaction_setting(connection, _REWRITE, "on") if as_setting else connection.execute(_put)

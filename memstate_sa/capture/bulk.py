@@ -1,4 +1,4 @@
-"""INSERT, UPDATE and DELETE through a Session -> log and outbox: of a class, or of its table."""
+"""Bulk INSERT, UPDATE and DELETE statements of a Session -> log and outbox. They name a class, or its table."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ from memstate_sa.tracking.registry import Registry, unaliased
 from memstate_sa.tracking.tracked import Tracked
 
 _ATTEMPTS = 5
-_REPLACES = "OR REPLACE and the like change rows unseen; on_conflict_do_update()"
+_REPLACES = "A prefix such as OR REPLACE changes rows unseen. Use on_conflict_do_update()."
 _RETURNS_STAR = (
-    "an ORM statement with RETURNING * cannot return the keys of its rows too; returning(*Model.__table__.columns)"
+    "An ORM statement with RETURNING * cannot return the keys of its rows too. Use returning(*Model.__table__.columns)."
 )
-_LEAVES_BASE = "it leaves the base class' row; delete the objects"
-_CHANGES_KEYS = "it changes primary keys; do that on the objects"
-_WHERE_OF_MANY = "give executemany rows their primary keys instead of a WHERE"
-_SHARES_TABLE = "it is one of several classes in this table; give it their keys"
-_VOLATILE = "its WHERE matches other rows each time it is evaluated; select their primary keys first, and give it those"
+_LEAVES_BASE = "It leaves the base class' row in place. Delete the objects instead."
+_CHANGES_KEYS = "It changes primary keys. Change them on the objects instead."
+_WHERE_OF_MANY = "It has a WHERE for several sets of parameters. Give each set its primary key instead."
+_SHARES_TABLE = "Its table holds several classes. Pass the primary keys as sets of parameters, instead of a WHERE."
+_VOLATILE = (
+    "Its WHERE matches other rows each time it is evaluated. Select the primary keys first, and use them in the WHERE."
+)
 _REPLACED = (
-    "another do_orm_execute listener replaced the statement, so the rows that it changes are not known; change it by "
-    "state.statement.where(...) there, or listen before memory.attach()"
+    "Another do_orm_execute listener replaced the statement, so the rows that it changes are not known. Change it with "
+    "state.statement.where(...) there, or listen before memory.attach()."
 )
-_NO_KEYS = "return_defaults() does not tell all keys of the rows; use returning()"
-_NOT_SUPPORTED = "0A000"  # PostgreSQL's code, of RETURNING where a rule acts instead
+_NO_KEYS = "return_defaults() does not return the keys of all rows. Use returning()."
+_NOT_SUPPORTED = "0A000"  # PostgreSQL's code for RETURNING on a table where a rule acts instead
 _KEY_NAME = "memstate_key_{}"
 
 
 class BulkCapture:
-    """Runs the bulk statements of Sessions, and logs what they change."""
+    """Runs the bulk statements of Sessions, and logs the rows that they change."""
 
     def __init__(self, registry: Registry, recorder: Recorder, transactions: OpenTransactions, guard: Guard) -> None:
         self._registry = registry
@@ -58,7 +60,7 @@ class BulkCapture:
         self._guard = guard
 
     def execute(self, state: ORMExecuteState) -> Result[Any] | None:
-        """Run a statement that changes tracked rows, and log it. None leaves it to SQLAlchemy, and to the guard."""
+        """Run a statement that changes tracked rows, and log it. None: SQLAlchemy runs it, and the guard checks it."""
         if not (state.is_insert or state.is_update or state.is_delete):
             return None
         dml = _dml_of(state.statement)
@@ -68,7 +70,7 @@ class BulkCapture:
         tracked, mapper = target
         require_no_translation(state.execution_options)
         if state.execution_options.get("autoflush", True):
-            state.session._autoflush()  # flushes neither in a flush nor under no_autoflush
+            state.session._autoflush()  # does nothing during a flush or under no_autoflush
         connection = state.session.connection(bind_arguments={"mapper": mapper, **state.bind_arguments})
         transaction = self._transactions.of(state.session)
         require_supported(connection, transaction)
@@ -79,15 +81,17 @@ class BulkCapture:
         return statement.execute()
 
     def _target(self, state: ORMExecuteState, dml: Any) -> tuple[Tracked, Mapper[Any]] | None:
-        """The tracked class whose rows *dml* changes, if they can be told from the statement, and the mapper."""
+        """The tracked class whose rows *dml* changes, and its mapper. None when the statement does not tell them."""
         entity = dml.table._annotations.get("parententity")
-        if entity is not None:  # else of a table: that a subquery is of the ORM does not make it a class
+        if entity is not None:  # a statement on a class; an ORM subquery in a statement on a table does not count
             mapper = entity.mapper
             tracked = self._registry.find(mapper)
             return None if tracked is None else (tracked, mapper)
         tracked = self._registry.by_table.get(dml.table)
-        # Of one class among several in a table, or with a WHERE for each set of parameters: left to the guard. So is
-        # an INSERT of a part of a row.
+        # The guard refuses three kinds of statements on a table:
+        # 1. The table holds several classes.
+        # 2. A WHERE comes with several sets of parameters.
+        # 3. An INSERT writes only a part of a fact.
         if tracked is None or tracked.criterion is not None or dml.table in tracked.tables[: tracked.base_table_count]:
             return None
         if state.is_insert:
@@ -97,7 +101,7 @@ class BulkCapture:
         return (tracked, tracked.mapper) if is_whole else None
 
     def _kind(self, state: ORMExecuteState, dml: Any, tracked: Tracked, connection: Connection) -> type[BulkStatement]:
-        """The kind of the statement. Refuses what cannot be logged."""
+        """The kind of the statement. Refuses a statement that cannot be logged."""
         if dml._prefixes:
             self._guard.refuse(connection, dml, _REPLACES)
             return _Unseen
@@ -130,7 +134,7 @@ class BulkStatement:
     transaction: OpenTransaction
 
     def execute(self) -> Result[Any]:
-        """Run the statement, and again when it met rows unknown to the log, until it has met none."""
+        """Run the statement. Run it again while it meets rows that the log does not know."""
         is_taken_back = True
         try:
             for number in range(_ATTEMPTS):
@@ -139,15 +143,16 @@ class BulkStatement:
                     is_taken_back = number > 0
                     return result
             raise ConflictError(
-                f"others keep committing rows of {self.tracked.entity} that match this statement: run the transaction "
-                f"again. Or {_VOLATILE}."
+                f"Cannot log this statement: after {_ATTEMPTS} attempts it still changes unknown rows of "
+                f"{self.tracked.entity}. Others keep committing rows that match: run the transaction again. Or: "
+                f"{_VOLATILE}"
             )
         finally:
             if is_taken_back:
                 self._expire_instances(modified=True)
 
     def _attempt(self) -> Result[Any] | None:
-        """Run the statement in a SAVEPOINT, which takes it back when it fails or is to run again."""
+        """Run the statement in a SAVEPOINT. Roll it back when the statement fails or must run again."""
         savepoint = self.connection.begin_nested()
         result = None
         try:
@@ -161,7 +166,7 @@ class BulkStatement:
         return result
 
     def run(self) -> Result[Any] | None:
-        """Run the statement, and log what it changed. None asks for another attempt, after a rollback of this one."""
+        """Run the statement, and log its changes. None asks for a rollback and another attempt."""
         raise NotImplementedError
 
     @property
@@ -182,14 +187,14 @@ class BulkStatement:
                 self.transaction.statement_on = None
 
     def run_returning_keys(self) -> tuple[Result[Any], list[RawKey]]:
-        """Run an INSERT; its result as the caller wants it, and the keys of the rows that it inserted or changed."""
-        if self.dml._return_defaults:  # which has the keys, and cannot have RETURNING
+        """Run an INSERT. Return the caller's result, and the keys of the rows that it inserted or changed."""
+        if self.dml._return_defaults:  # its result has the keys, and it cannot have RETURNING
             return self._run_returning_defaults()
-        # Of the last table that is inserted into: a subclass' key may have a name of its own.
+        # SQLAlchemy inserts into this table last. A subclass' key may have a name of its own.
         table: Any = self.mapper.local_table
         names = [self.mapper.get_property_by_column(column).key for column in table.primary_key]
         keys = [getattr(self.mapper.class_, name) for name in names]
-        if len(self.mapper.tables) == 1:  # else SQLAlchemy looks at each column, for its table
+        if len(self.mapper.tables) == 1:  # with several tables, SQLAlchemy needs the column itself, not a label
             keys = [key.label(_KEY_NAME.format(n)) for n, key in enumerate(keys)]
         result, returned = self.captured(self.invoke(keys), [key.key for key in keys], names)
         return result, [self.columns.raw_key(key) for key in returned]
@@ -202,7 +207,7 @@ class BulkStatement:
         return result, keys
 
     def captured(self, result: Any, names: Sequence[str], key_names: Sequence[str]) -> tuple[Result[Any], list[RawKey]]:
-        """*result* as the caller wants it, and the keys in it: its last columns, with *names*."""
+        """The caller's part of *result*, and the keys: its last columns, with *names*."""
         if getattr(result, "returns_rows", True):
             has_keys = list(result.keys())[-len(names) :] == list(names)
             result = CapturedResult(result, key_names if has_keys else ())
@@ -212,10 +217,10 @@ class BulkStatement:
         return result, []
 
     def _expire_instances(self, *, modified: bool) -> None:
-        """Have instances, which were synchronised with what is undone, read anew.
+        """Expire the instances that SQLAlchemy synchronised with a statement that was rolled back.
 
-        Those with pending changes, which stay, come after the last attempt: SQLAlchemy cannot tell whether an instance
-        that is expired matches, and would forget its changes.
+        Instances with pending changes (*modified*) keep them, and are expired only after the last attempt. An attempt
+        that met them expired could not tell whether they match, and would lose their changes.
         """
         for instance in list(self.state.session.identity_map.values()):
             state: Any = inspect(instance)
@@ -224,7 +229,7 @@ class BulkStatement:
 
 
 class _Unseen(BulkStatement):
-    """A write that cannot be logged, where the application is only warned (``on_untracked="warn"``)."""
+    """A write that cannot be logged. The application asked only for a warning (``on_untracked="warn"``)."""
 
     def run(self) -> Result[Any]:
         return self.invoke()
@@ -241,9 +246,9 @@ class _Insert(BulkStatement):
 
 @dataclass
 class _Upsert(BulkStatement):
-    """INSERT … ON CONFLICT. Only when it has run is it known which rows it changes; what they were, only before.
+    """INSERT … ON CONFLICT. Its rows are known only after it has run, but their old images only before.
 
-    So it runs a second time, when it may have changed rows that the log has not seen: the suspects.
+    So it runs twice when its first run may have changed rows that the log has not seen: the suspects.
     """
 
     suspects: list[RawKey] = field(default_factory=list)
@@ -258,7 +263,7 @@ class _Upsert(BulkStatement):
             if unknown := recorder.unknown(connection, tracked, by_key):
                 self.suspects = [by_key[key] for key in unknown]
                 return None
-        # A key that the first run did not have comes of a default that is another each time: a row that is new.
+        # A key that only the second run has comes from a random default: its row is new.
         recorder.log(connection, transaction, tracked, with_others(looks, raw_keys))
         return result
 
@@ -267,16 +272,17 @@ class _Upsert(BulkStatement):
 class _Change(BulkStatement):
     """UPDATE and DELETE by a WHERE.
 
-    The rows that match are looked at before, for their baselines; RETURNING tells afterwards which of them it changed.
+    A look before it reads the rows that match, for their baselines. RETURNING tells which of them it changed.
     """
 
-    suspects: dict[RawKey, None] = field(default_factory=dict)  # changed by an attempt that had not looked at them
+    suspects: dict[RawKey, None] = field(default_factory=dict)  # rows that an attempt changed without a look
     returns_keys: bool = True
 
     def run(self) -> Result[Any] | None:
-        """None when it changed rows that we have not looked at: look again.
+        """Run the statement, and log its changes. None when it changed rows that had no look: look again.
 
-        Others committed them meanwhile, another listener changed the statement, or its WHERE is a random one.
+        There are three causes: others have just committed such rows, another listener changed the statement, or its
+        WHERE is random.
         """
         self.refuse_changed_keys()
         matching_keys = self._matching_keys()
@@ -302,7 +308,7 @@ class _Change(BulkStatement):
         return self.log_changed(result, [*keys, *others], before)
 
     def log_changed(self, result: Result[Any], keys: Sequence[RawKey], before: Sequence[Look]) -> Result[Any]:
-        """Log what became of the rows with these keys. Those that were not changed get no entry."""
+        """Log the changes of the rows with these keys. A row that did not change gets no entry."""
         looks = with_others(before, keys)
         count = self.recorder.log(self.connection, self.transaction, self.tracked, looks)
         is_doubtful = self.state.is_update and count < len(keys)
@@ -316,7 +322,7 @@ class _Change(BulkStatement):
 
     @property
     def key_columns(self) -> list[Any]:
-        return list(self.dml.table.primary_key)  # of an alias, too
+        return list(self.dml.table.primary_key)  # the table may be an alias
 
     def lock_first_rows(self, keys: Sequence[RawKey]) -> None:
         self.columns.of_table[self.tracked.table].lock(self.connection, keys)
@@ -325,8 +331,8 @@ class _Change(BulkStatement):
     def _can_return_keys(self) -> bool:
         dialect, database = self.connection.dialect, database_of(self.connection)
         is_able = dialect.update_returning if self.state.is_update else dialect.delete_returning
-        # With RETURNING, synchronize_session='fetch' adds the key by the name that it has in its first table. Databases
-        # refuse that in a DELETE of another table; PostgreSQL refuses it for an alias, too.
+        # With RETURNING, synchronize_session='fetch' adds the key under the name of the first table. All databases
+        # refuse that name in a DELETE of another table. PostgreSQL also refuses it for an alias.
         is_able &= self.state.is_update or unaliased(self.dml.table) == self.tracked.table
         is_able &= database is not POSTGRESQL or not isinstance(self.dml.table, AliasedReturnsRows)
         return self.returns_keys and is_able and not self.dml._return_defaults
@@ -337,44 +343,44 @@ class _Change(BulkStatement):
         return [column.label(_KEY_NAME.format(n)) for n, column in enumerate(raw)]
 
     def _may_look_again(self, others: dict[RawKey, None]) -> bool:
-        """Whether there is sense in another attempt, after one that changed *others*. Refuses a random WHERE."""
-        if self.suspects and database_of(self.connection).has_one_writer:  # nobody else writes
+        """Whether another attempt may succeed, after this one changed *others*. Refuses a random WHERE."""
+        if self.suspects and database_of(self.connection).has_one_writer:  # so no other writer added these rows
             self.guard.refuse(self.connection, self.dml, _VOLATILE)
             return False
         self.suspects |= others
         return True
 
     def _invoke_as_given(self) -> Any:
-        """Run the statement without keys of ours in its result."""
+        """Run the statement without adding our keys to its result."""
         result = self.invoke()
         return CapturedResult(result) if self.dml._returning else result
 
     def _run_counting(self, keys: Sequence[RawKey], before: Sequence[Look]) -> Result[Any] | None:
-        """Without RETURNING of ours, more rows than those of *keys* tell that there are others."""
+        """Run the statement without our RETURNING. None when it changed more rows than *keys* has."""
         result = self._invoke_as_given()
         if not database_of(self.connection).has_one_writer and result.rowcount > len(keys):
             return None
         return self.log_changed(result, keys, before)
 
     def _matching_keys(self) -> list[RawKey] | None:
-        """The keys of the rows that match. None when another fact matches than a moment before.
+        """The keys of the rows that match. None when other facts match than a moment before.
 
-        It locks the rows, unless a DELETE is to return their keys: PostgreSQL locks rows for roles that may update
-        them, and a role may have the right to delete them alone.
+        It locks the rows, unless a DELETE can return their keys. PostgreSQL locks rows only for roles that may update
+        them, and a role may have only the right to delete.
         """
         table, criteria = self.dml.table, self.dml._where_criteria
-        is_part = unaliased(table) != self.tracked.table  # by value: it may be an annotated one
+        is_part = unaliased(table) != self.tracked.table  # not "is": the table may be annotated
         if (criterion := inheritance_criterion(self.mapper)) is not None:
             if is_part:
                 self.guard.refuse(self.connection, self.dml, _SHARES_TABLE)
             criteria = (*criteria, ClauseAdapter(table).traverse(criterion))
         matching = select(*(type_coerce(column, RAW) for column in self.key_columns)).where(*criteria)
         first_keys: list[RawKey] = []
-        if is_part:  # the first row of a fact is locked before its other parts
+        if is_part:  # lock the first row of a fact before its other parts
             first_keys = self._read_keys(matching)
             self.lock_first_rows([*first_keys, *self.suspects])
         if self.state.is_update or not self._can_return_keys:
-            # As the statement itself locks them: one lock that has to grow may wait for another that has to.
+            # Take the same lock as the statement itself: two locks that both must grow would wait for each other.
             matching = matching.with_for_update(of=table, key_share=not self.state.is_delete)
         keys = self._read_keys(matching)
         return None if is_part and not set(keys).issubset(first_keys) else keys
@@ -384,7 +390,7 @@ class _Change(BulkStatement):
 
 
 class _ChangeByKeys(_Change):
-    """UPDATE and DELETE by the primary keys of several sets of parameters."""
+    """UPDATE and DELETE by primary key, with several sets of parameters."""
 
     def run(self) -> Result[Any]:
         self.refuse_changed_keys()
@@ -393,7 +399,7 @@ class _ChangeByKeys(_Change):
         names = [self.mapper.get_property_by_column(column).key for column in self.mapper.local_table.primary_key]
         parameter_sets: Any = self.state.parameters
         if not all(name in parameters for parameters in parameter_sets for name in names):
-            return self.state.invoke_statement()  # SQLAlchemy says what is missing; else the guard refuses it
+            return self.state.invoke_statement()  # SQLAlchemy names the missing key, or the guard refuses it
         keys = list(dict.fromkeys(self.columns.raw_key([params[name] for name in names]) for params in parameter_sets))
         if len(self.tracked.tables) > 1:
             self.lock_first_rows(keys)
@@ -404,14 +410,14 @@ class _ChangeByKeys(_Change):
 
 
 def _dml_of(statement: Any) -> Any:
-    """The INSERT, UPDATE or DELETE of a statement: itself, what a lambda makes, or what rows of a class are from."""
+    """The INSERT, UPDATE or DELETE of a statement, which may be wrapped in a lambda or in `from_statement`."""
     if isinstance(statement, LambdaElement):
         statement = statement._resolved
     return statement.element if _is_from_statement(statement) else statement
 
 
 def _returns_star(dml: Any) -> bool:
-    """Whether SQLAlchemy lets the statement return nothing beside its ``*``. Statements on a table may."""
+    """Whether the statement can return nothing beside its ``*``. This holds for a class, not for a table."""
     return "parententity" in dml.table._annotations and any(column._is_star for column in dml._returning)
 
 
@@ -420,13 +426,13 @@ def _is_from_statement(statement: Any) -> bool:
 
 
 def _from_statement(statement: Any, dml: Any, keys: Sequence[Any]) -> Any:
-    """A ``select(...).from_statement(...)`` that selects *keys*, too, from *dml*."""
+    """A ``select(...).from_statement(...)`` that also selects *keys* from *dml*."""
     changed: Any = select(*statement._raw_columns, *keys).from_statement(dml)
     return changed.options(*statement._with_options).execution_options(**statement._execution_options)
 
 
 def _may_update(statement: Any) -> bool:
-    """Whether an INSERT with ON CONFLICT does more than nothing. By name: there is a class for each dialect."""
+    """Whether an INSERT with ON CONFLICT may update rows. It looks at the name, as each dialect has a class."""
     return not type(statement._post_values_clause).__name__.endswith("DoNothing")
 
 

@@ -1,4 +1,4 @@
-"""`CapturedResult`: what the caller of a captured statement gets, without the keys that capture asked for as well."""
+"""`CapturedResult`: the result of a captured statement, without the keys that capture added to it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from sqlalchemy.engine.result import SimpleResultMetaData
 
 
 class CapturedResult(IteratorResult[Any], CursorResult[Any]):  # type: ignore[misc, override]
-    """The rows that the caller asked for; in everything else the cursor's own result, which it is taken for.
+    """The rows that the caller asked for. In everything else it behaves like the cursor's own result.
 
-    The rows are read to the end: SQLite releases no SAVEPOINT below an open cursor.
+    The rows are read to the end, because SQLite releases no SAVEPOINT below an open cursor.
     """
 
     def __init__(self, result: Result[Any], key_names: Sequence[str] = ()) -> None:
-        """Read *result*. The last columns of it are keys, with *key_names*, and not the caller's."""
+        """Read *result*. Its last columns are the keys, with *key_names*; the caller does not get them."""
         frozen = result.freeze()
         metadata: Any = frozen.metadata
         names = list(metadata.keys)
         width = len(names) - len(key_names)
-        # Rows can be asked by these, as well as by the names.
+        # A caller may look up values by column, as well as by name.
         columns = [metadata._keymap[name][2] for name in names[:width]]  # noqa: SLF001  # no other way to keep them
         rows = [tuple(row) for row in frozen().all()]
         self.keys_returned = [row[width:] for row in rows]
         super().__init__(SimpleResultMetaData(names[:width], extra=columns), iter([row[:width] for row in rows]))
-        of_cursor: Any = getattr(result, "raw", None) or result  # an ORM result is made of it
+        cursor_result: Any = getattr(result, "raw", None) or result  # an ORM result is made of it
         for name in CursorResult.__slots__:
-            setattr(self, name, getattr(of_cursor, name, None))
+            setattr(self, name, getattr(cursor_result, name, None))
         self._key_names = key_names
         self.rowcount = len(rows)
         self._returns_rows = bool(names[:width])
@@ -41,7 +41,7 @@ class CapturedResult(IteratorResult[Any], CursorResult[Any]):  # type: ignore[mi
 
     @property
     def inserted_primary_key_rows(self) -> Sequence[Row[Any]]:  # type: ignore[override]
-        """As `CursorResult` has them; it refuses them where RETURNING was asked for."""
+        """The keys of the inserted rows. `CursorResult` itself refuses them after a RETURNING."""
         if self.returns_rows or not self.is_insert:
             rows: Any = super().inserted_primary_key_rows
         else:
@@ -50,6 +50,6 @@ class CapturedResult(IteratorResult[Any], CursorResult[Any]):  # type: ignore[mi
 
     @property
     def inserted_primary_key(self) -> Any:
-        """Of the row, where one was inserted."""
+        """The key of the inserted row, when there is exactly one."""
         rows = self.inserted_primary_key_rows
         return rows[0] if len(rows) == 1 else super().inserted_primary_key

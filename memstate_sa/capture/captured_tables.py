@@ -1,4 +1,4 @@
-"""Tables that triggers capture: a tracked class says so, or a migration, or a trigger of itself."""
+"""The tables that triggers capture, as told by a tracked class, a migration or the trigger itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HEADER = "-- memstate_sa "
 
 
 class Capturable(Protocol):
-    """The source of a table's triggers. A tracked class has it, and a migration names it."""
+    """The source of a table's triggers: a tracked class, or a table that a migration names."""
 
     @property
     def table(self) -> Table: ...
@@ -32,11 +32,11 @@ class Capturable(Protocol):
 
 
 Only = tuple[str, Sequence[Any]]
-"""A column, and the values of it (as the driver gives them) that rows of single-table inheritance have."""
+"""A discriminator column, and its values (as the driver has them) for one class of single-table inheritance."""
 
 
 class CapturedTable(NamedTuple):
-    """A table that triggers capture, by its parts."""
+    """A table that triggers capture."""
 
     table: Table
     entity: str
@@ -53,7 +53,7 @@ class CapturedTable(NamedTuple):
 
 
 def captured_in(table: Table) -> dict[str, CapturedTable]:
-    """The classes that triggers on *table* capture, by entity, as `Memory.track` was asked."""
+    """The classes that triggers on *table* capture, by entity, as `Memory.track` recorded them."""
     return {
         entity: CapturedTable(table, entity, version, inheritance_criterion(inspect(model)), excluded)
         for entity, (model, version, excluded) in table.metadata.info.get(TRACKED, {}).get(table.fullname, {}).items()
@@ -61,21 +61,21 @@ def captured_in(table: Table) -> dict[str, CapturedTable]:
 
 
 def restriction(captured: Capturable, dialect: Dialect) -> Only | None:
-    """The criterion as data."""
+    """The criterion of *captured* as data, or None."""
     if captured.criterion is None:
         return None
     column, values = captured.criterion.left, captured.criterion.right.value
     if not isinstance(column, Column):
         raise MemstateError(
-            f"the rows of {captured.entity} in {captured.table.fullname} are told by an expression, which a trigger "
-            "cannot have: map polymorphic_on to a column"
+            f"Cannot capture {captured.entity} by triggers: an expression tells its rows in {captured.table.fullname}, "
+            "and a trigger needs a column. Map polymorphic_on to a column."
         )
     bind = column.type.dialect_impl(dialect).bind_processor(dialect)
     return str(column.name), list(values if bind is None else map(bind, values))
 
 
 def header(captured: Capturable, dialect: Dialect) -> str:
-    """The first line of a trigger: it says what the trigger was made from, for who replaces it and may want it back."""
+    """The first line of a trigger. It records the trigger's parts, so that a downgrade can create it again."""
     parts: dict[str, Any] = {"entity": captured.entity, "version": captured.version}
     parts["only"] = restriction(captured, dialect)
     if captured.excluded:
@@ -84,13 +84,13 @@ def header(captured: Capturable, dialect: Dialect) -> str:
 
 
 def read_header(source: str) -> Mapping[str, Any] | None:
-    """What `header` wrote into the trigger with this *source*; None where it is not ours, or older."""
+    """The parts in the `header` of a trigger's *source*. None when the trigger is not ours, or has no header yet."""
     line = next((line for line in source.splitlines() if line.startswith(_HEADER)), None)
     return None if line is None else json.loads(line.removeprefix(_HEADER))
 
 
 class Trigger(NamedTuple):
-    """``name`` on its table; ``source`` is what the database shows of it, and tells whether it is ours as it is now."""
+    """A trigger on a table. ``source`` is its text in the database's catalog, which shows whether it is up to date."""
 
     name: str
     source: str

@@ -1,4 +1,4 @@
-"""Cascades that no Session sees: foreign keys by which the database itself changes rows of tracked tables."""
+"""Cascades that no Session sees: the database itself changes rows of tracked tables by their foreign keys."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from memstate_sa.tracking.tracked import Tracked
 
 _ACTIONS = ("CASCADE", "SET")
 _MESSAGE = (
-    "The database itself changes rows of {table}, by {actions} of the foreign key ({columns}) to {parent}. No Session "
-    "sees that, so the log misses it. {ways}"
+    "The log misses some changes of {table}. The database itself makes them, by {actions} of the foreign key "
+    "({columns}) to {parent}, and no Session sees that. {ways}"
 )
 
 
 class ForeignKey(NamedTuple):
-    """A foreign key of *table*, as the mapping has it, or as the database has it."""
+    """A foreign key of *table*, from the mapping or from the database."""
 
     table: Table
     columns: tuple[str, ...]
@@ -37,11 +37,11 @@ class ForeignKey(NamedTuple):
 
 
 def mapped(table: Table) -> Iterator[ForeignKey]:
-    """The foreign keys of *table* by its mapping."""
+    """The foreign keys of *table* in its mapping."""
     for constraint in sorted(
         table.foreign_key_constraints, key=lambda constraint: list(map(str, constraint.column_keys))
     ):
-        with suppress(NoReferenceError):  # to a table that is not known yet
+        with suppress(NoReferenceError):  # the other table is not known yet
             parent = constraint.referred_table
             names = tuple(str(column.name) for column in constraint.columns)
             actions = (constraint.ondelete, constraint.onupdate)
@@ -55,8 +55,8 @@ _of_sqlite = text(
 
 
 def reflected(connection: Connection, table: Table) -> Iterator[ForeignKey]:
-    """The foreign keys of *table* in the database, which need not be those of the mapping."""
-    if database_of(connection) is SQLITE:  # SQLAlchemy reads no action of a key that is declared with its column
+    """The foreign keys of *table* in the database. They may differ from those of the mapping."""
+    if database_of(connection) is SQLITE:  # SQLAlchemy does not read the action of a key declared with its column
         for _, parent, columns, *actions in connection.execute(_of_sqlite, {"table": table.name}):
             yield ForeignKey(table, tuple(columns.split(",")), (table.schema, parent), *map(_action, actions))
         return
@@ -68,14 +68,14 @@ def reflected(connection: Connection, table: Table) -> Iterator[ForeignKey]:
 
 
 def _action(action: str | None) -> str | None:
-    """None for what keeps the parent as it is."""
+    """The *action* in capitals, or None when it leaves the child rows as they are."""
     return action.upper() if action is not None and action.upper().startswith(_ACTIONS) else None
 
 
 def unseen(registry: Registry, tracked: Tracked, keys: Iterable[ForeignKey]) -> Iterator[tuple[ForeignKey, str]]:
-    """Those of *keys*, of the tables of *tracked*, by which the log misses a change; and what to do about each.
+    """The foreign *keys* of *tracked* whose actions the log misses, each with its warning.
 
-    A tracked parent needs configured mappers: by its relationships, the unit of work may do what the key asks for.
+    A tracked parent needs configured mappers, because its relationships decide whether the unit of work acts instead.
     """
     if tracked.by_trigger:
         return
@@ -85,7 +85,7 @@ def unseen(registry: Registry, tracked: Tracked, keys: Iterable[ForeignKey]) -> 
         missed = list(_missed(tracked, registry.by_table_name.get(key.parent), key))
         if missed:
             above = _above(key)
-            ways = [f"Rows of {key.parent_name} go with those of {', '.join(above)}."] if above else []
+            ways = [f"Rows of {key.parent_name} are deleted with those of {', '.join(above)}."] if above else []
             ways.append(f"Track {tracked.model.__name__} with capture='trigger'.")
             ways += [way for _, way in missed if way]
             actions = " and ".join(action for action, _ in missed)
@@ -94,7 +94,7 @@ def unseen(registry: Registry, tracked: Tracked, keys: Iterable[ForeignKey]) -> 
 
 
 def _missed(tracked: Tracked, parent: Tracked | None, key: ForeignKey) -> Iterator[tuple[str, str]]:
-    """The actions of *key* that no unit of work does in the database's place, and what to do about each."""
+    """The actions of *key* that the database does and no unit of work, each with a way to change that."""
     relationships = [] if parent is None else list(_relationships(parent.mapper, key))
     for event, action, by_the_database, without in (
         ("DELETE", key.on_delete, "passive_deletes", "without passive_deletes"),
@@ -114,13 +114,13 @@ def _missed(tracked: Tracked, parent: Tracked | None, key: ForeignKey) -> Iterat
 
 
 def _is_inheritance(tracked: Tracked, key: ForeignKey) -> bool:
-    """Whether the key joins the parts of one fact, which the unit of work deletes itself."""
-    of_key = {str(column.name) for column in key.table.primary_key.columns}
-    return set(key.columns) == of_key and any((t.schema, t.name) == key.parent for t in tracked.tables[:-1])
+    """Whether the key joins the parts of one fact. The unit of work deletes these itself."""
+    key_names = {str(column.name) for column in key.table.primary_key.columns}
+    return set(key.columns) == key_names and any((t.schema, t.name) == key.parent for t in tracked.tables[:-1])
 
 
 def _relationships(parent: Mapper[Any], key: ForeignKey) -> Iterator[RelationshipProperty[Any]]:
-    """Those by which the unit of work changes the rows that refer to a row of *parent*."""
+    """The relationships through which the unit of work changes the rows that refer to a row of *parent*."""
     for mapper in parent.self_and_descendants:
         for relationship in mapper.relationships:
             remote = [column for _, column in relationship.local_remote_pairs or ()]
@@ -134,7 +134,7 @@ def _relationships(parent: Mapper[Any], key: ForeignKey) -> Iterator[Relationshi
 
 
 def _above(key: ForeignKey) -> list[str]:
-    """The tables whose rows take rows of the parent with them, and so on."""
+    """The tables whose deletes cascade to the parent of *key*, directly or through others."""
     by_child: dict[tuple[str | None, str], list[ForeignKey]] = {}
     for table in key.table.metadata.tables.values():
         for foreign_key in mapped(table):
@@ -152,6 +152,6 @@ def _above(key: ForeignKey) -> list[str]:
 
 
 def are_known(entities: Mapping[str, Tracked]) -> bool:
-    """Whether the relationships of tracked classes are known. To ask for them too early would break the mappers."""
+    """Whether the mappers of tracked classes are configured. Reading relationships earlier would break the mappers."""
     mappers = (mapper for tracked in entities.values() for mapper in tracked.mapper.self_and_descendants)
     return all(mapper.configured for mapper in mappers)

@@ -1,9 +1,12 @@
 """A flush -> log and outbox.
 
-The rows that a flush may change are looked at before its first statement that changes their table. Mapper events note
-which rows are new. After the flush the database logs what became of them (`table_log`). What it computed, rounded
-or defaulted is thereby in the image, and a SAVEPOINT that rolls back takes exactly its own entries with it: the
-database is the buffer. (Reading attributes, or collecting until commit, is wrong in most random histories.)
+A look reads the rows that a flush may change, before the first statement that changes their table. Mapper events note
+the new rows. After the flush the database logs the changes itself (`table_log`), for two reasons:
+
+1. The image has the values that the database computed, rounded or filled in as defaults.
+2. A SAVEPOINT that rolls back takes exactly its own entries with it: the database is the buffer.
+
+(Images from attributes, or entries collected until the commit, were wrong in most of our random histories.)
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from memstate_sa.tracking.validation import to_validation_failed
 
 
 class FlushCapture:
-    """Logs what the flushes of Sessions change."""
+    """Logs the changes that the flushes of Sessions make."""
 
     def __init__(self, registry: Registry, recorder: Recorder, transactions: OpenTransactions) -> None:
         self._registry = registry
@@ -60,21 +63,21 @@ class FlushCapture:
                     _validate_instance(tracked, state)
                 if tracked is not None and tracked.expires is not None:
                     _check_expiry(tracked.expires, state)
-        # Last: when this event raises, no other says that there will be no flush.
+        # This comes last: when the event raises, no other event tells that the flush will not happen.
         transaction = self._transactions.of(session)
         flush = Flush(transaction, context, look=self._look, within=transaction.own_writes)
         transaction.flush, transaction.own_writes = flush, 0
         self._flushes[session.hash_key] = flush
 
     def end(self, session: Session) -> Flush | None:
-        """End the flush that *session* is in, if it is in one: nothing more of it will happen."""
+        """End the flush that *session* is in, if any, and return it."""
         transaction = self._transactions.find(session)
         if transaction is not None and transaction.flush is not None:
             transaction.own_writes = transaction.flush.within
             transaction.flush = None
         return self._flushes.pop(session.hash_key, None)
 
-    # The listeners below run once for every object: they note it, and leave the work to the end of the flush.
+    # The listeners below run once for every object. They only note it, and leave the work to the end of the flush.
 
     def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         flush = self._flushes.get(state.session_id)
@@ -88,7 +91,7 @@ class FlushCapture:
             flush.updated.append(state)
 
     def _after_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
-        """A row switch, an insert that takes over a deleted row, fires before_insert and this."""
+        """Note a row switch: an insert that takes over a deleted row fires before_insert and this event."""
         if state.key is None:
             flush = self._flushes.get(state.session_id)
             if flush is not None:
@@ -101,7 +104,7 @@ class FlushCapture:
             self._before_change(mapper, connection, flush, going=True)
 
     def _before_change(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
-        """Lock first rows before the unit of work changes, or deletes, a row of *mapper*."""
+        """Lock first rows before the unit of work changes or deletes (*going*) a row of *mapper*."""
         if not flush.checked:
             self._before_first_change(connection, flush)
         if flush.parts:
@@ -110,7 +113,7 @@ class FlushCapture:
     def _before_first_change(self, connection: Connection, flush: Flush) -> None:
         """Note the identities of all rows that this flush may update or delete.
 
-        Not in before_flush, which knows neither orphans nor children whose foreign key a deleted parent nulls.
+        In before_flush, SQLAlchemy does not yet know the orphans, and the children whose parent is deleted.
         """
         flush.checked = True
         identities: dict[tuple[Mapper[Any], bool], list[Any]] = {}
@@ -131,7 +134,7 @@ class FlushCapture:
                 flush.parts.setdefault((tracked, is_delete), []).extend(keys)
 
     def _look(self, connection: Connection, flush: Flush, table: Table) -> None:
-        """Before the first statement that may change rows of *table*: not earlier, as a flush may send none."""
+        """Look at the rows of *table*, just before the first statement that may change them. A flush may send none."""
         if not flush.checked:
             self._before_first_change(connection, flush)
         for tracked in [tracked for tracked in flush.unseen if table in tracked.tables]:
@@ -140,11 +143,11 @@ class FlushCapture:
             flush.looks[tracked] = self._recorder.look(connection, flush.transaction, tracked, keys)
 
     def _lock_first_rows(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
-        """Lock the first row of each fact of *mapper* that this flush changes, or deletes, in several tables.
+        """Lock the first row of each fact of *mapper* that has several tables and that this flush changes or deletes.
 
-        Others may change another part of such a fact, and neither image would show both changes. The unit of work calls
-        this just before its statements for the class, whose first table it updates first. So no lock is out of order.
-        A role that may delete and not update locks a row only by its DELETE.
+        Without the lock, others may change another part of the fact, and neither image would show both changes. This
+        runs just before the statements for the class, which begin with the first table. So locks are taken in order.
+        A role that may delete but not update can lock a row only by its DELETE.
         """
         tracked = self._registry.find(mapper)
         keys = None if tracked is None else flush.parts.pop((tracked, going), None)
@@ -161,18 +164,18 @@ class FlushCapture:
             return
         connection = flush.written_on
         inserted, updated = self._by_class(flush.inserted), self._by_class(flush.updated)
-        # Unique values are taken in one order of classes, as writers wait for each other.
+        # Unique values are taken in a fixed order of classes, because writers wait for each other.
         classes = sorted(dict.fromkeys((*inserted, *flush.looks)), key=_order)
         for tracked in classes:
             self._log(connection, flush, tracked, inserted.get(tracked, []), updated.get(tracked, []))
 
     def _require_none(self, inserted: Sequence[Any]) -> None:
-        """Raise where rows were *inserted* by statements that the guard did not see."""
+        """Raise if rows were *inserted* by statements that the guard did not see."""
         for tracked in self._by_class(inserted):
             if not tracked.by_trigger:
                 raise UntrackedWrite(
-                    f"rows of {tracked.entity} were written on a connection whose statements this Memory does not see, "
-                    "so they cannot be logged: call memory.attach() before the transaction begins"
+                    f"Cannot log rows of {tracked.entity}: this Memory does not see the statements of their "
+                    "connection. Call memory.attach() before the transaction begins."
                 )
 
     def _by_class(self, states: Sequence[Any]) -> dict[Tracked, list[Any]]:
@@ -181,8 +184,8 @@ class FlushCapture:
         for state in states:
             if state.mapper is not mapper:
                 mapper = state.mapper
-                of_class = by_class.setdefault(self._registry.of(mapper.class_), [])
-            of_class.append(state)
+                class_states = by_class.setdefault(self._registry.of(mapper.class_), [])
+            class_states.append(state)
         return by_class
 
     def _log(
@@ -193,10 +196,10 @@ class FlushCapture:
         inserted: Sequence[Any],
         updated: Sequence[Any],
     ) -> None:
-        """Log what became of rows of *tracked*: those that were looked at, and new ones."""
+        """Log the changes of rows of *tracked*: the rows of its look, and the new rows."""
         raw_key = tracked.columns_for(connection.dialect).raw_key
         before = flush.looks.get(tracked, [])
-        # Without a look, no statement changed a row: only new ones may be written.
+        # Without a look, no statement changed a row. Then there are only new rows.
         states = [*inserted, *updated] if before else inserted
         keys = [raw_key(_primary_key(tracked, state)) for state in states]
         seen = {key for look in before for key in look.keys}
@@ -204,7 +207,7 @@ class FlushCapture:
         looks = with_others(before, keys[len(inserted) :]) if before else []
         count = self._recorder.log(connection, flush.transaction, tracked, looks, new)
         if count < len(new) + sum(len(look.keys) for look in looks):
-            # The listeners of a class and of its base note an object twice.
+            # An object may be noted twice: by the listeners of its class and of the base class.
             is_written = [n < len(inserted) or _has_changes(state) for n, state in enumerate(states)]
             written = dict.fromkeys(compress(keys, is_written))
             self._require_found(connection, flush, tracked, list(written))
@@ -214,8 +217,8 @@ class FlushCapture:
         if lost > 0:
             require_visible(connection, tracked)
             raise UntrackedWrite(
-                f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were given: "
-                "give primary keys in the form in which the database stores them"
+                f"Cannot log {lost} row(s) of {tracked.entity}: they were written, but are not found under their keys. "
+                "Give primary keys in the form in which the database stores them."
             )
 
 
@@ -224,7 +227,7 @@ def _order(tracked: Tracked) -> str:
 
 
 def _primary_key(tracked: Tracked, state: Any) -> Sequence[Any]:
-    """As the flush left it; the identity of *state* is still the one before."""
+    """The primary key after the flush. The identity of *state* is still the old one."""
     values = state.dict
     try:
         return [values[name] for name in tracked.key_attributes]
@@ -234,7 +237,7 @@ def _primary_key(tracked: Tracked, state: Any) -> Sequence[Any]:
 
 
 def _has_changes(state: Any) -> bool:
-    """Whether a column attribute of *state* is certain to differ from what was loaded."""
+    """Whether a column attribute of *state* certainly differs from its loaded value."""
     columns, values = state.mapper.columns, state.dict
     return any(
         before is not NO_VALUE and name in values and _differs(before, values[name])
@@ -245,15 +248,15 @@ def _has_changes(state: Any) -> bool:
 
 def _differs(before: Any, after: Any) -> bool:
     try:
-        return bool(before != after)  # an expression has no truth value: it differs
-    except Exception:  # noqa: BLE001  # a user type's own comparison may raise anything
+        return bool(before != after)  # an SQL expression has no truth value, and counts as different
+    except Exception:  # noqa: BLE001  # the comparison of a user's type may raise anything
         return True
 
 
 def _check_expiry(name: str, state: Any) -> None:
-    """Refuse a naive time that was set. One that SQLite gives back is naive, so what was loaded is left alone.
+    """Refuse a naive time that the application set. A loaded time is not checked: on SQLite it is naive.
 
-    A column without a time zone holds UTC, so there a naive time is right.
+    A column without a time zone holds UTC, so a naive time is right there.
     """
     value = state.dict.get(name)
     is_zoned = getattr(state.mapper.columns[name].type, "timezone", True)
@@ -265,12 +268,12 @@ def _check_expiry(name: str, state: Any) -> None:
     time = in_utc(value, name)
     if not is_zoned:
         set_attribute(state.obj(), name, time.replace(tzinfo=None))
-    elif value.utcoffset():  # which SQLite does not keep
+    elif value.utcoffset():  # SQLite does not keep the offset
         set_attribute(state.obj(), name, time)
 
 
 def _validate_instance(tracked: Tracked, state: Any) -> None:
-    """Check what is known before SQL is sent; the rest is checked on the row, before the flush is over."""
+    """Check the known values before any SQL is sent. The other values are checked on the row, after the flush."""
     assert tracked.validate is not None
     values: dict[str, Any] = {}
     unknown: set[str] = set()

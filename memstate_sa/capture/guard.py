@@ -1,4 +1,4 @@
-"""The guard: it refuses statements that would change tracked rows past the log."""
+"""The guard refuses statements that would change tracked rows without a log entry."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from memstate_sa.tracking.registry import Registry, unaliased
 from memstate_sa.tracking.tracked import Tracked
 
 _IN_AUTOCOMMIT = (
-    "in AUTOCOMMIT each statement is a transaction of its own, so the log cannot be in it: use an engine that begins "
-    "one, or capture='trigger'"
+    "In AUTOCOMMIT each statement is a transaction of its own, so the log entry cannot be in it. Use an engine that "
+    "begins transactions, or capture='trigger'."
 )
 _OF_NO_SESSION = (
-    "use the Session's objects, or session.execute(insert/update/delete(Model)); what a relationship writes into its "
-    "secondary table takes capture='trigger', or an association object in its place"
+    "No Session captures it. Change objects of the Session, or use session.execute(insert/update/delete(Model)). If it "
+    "is the secondary table of a relationship, use capture='trigger' or an association object."
 )
-_OF_ANOTHER_CLASS = "this flush writes it by a class that is not tracked; use the tracked one"
-_IN_A_CTE = "a CTE that writes cannot be captured; execute it by itself"
+_OF_ANOTHER_CLASS = "This flush writes the table through a class that is not tracked. Use the tracked class."
+_IN_A_CTE = "A CTE that writes cannot be captured. Execute it as a statement of its own."
 
 
 class UntrackedWriteWarning(UserWarning):
@@ -34,7 +34,7 @@ class UntrackedWriteWarning(UserWarning):
 
 
 class Guard:
-    """Looks at all statements on the connections of Sessions: bulk_*(), Table.insert(), session.connection() too."""
+    """Checks all statements on the connections of Sessions, bulk_*() and session.connection() included."""
 
     def __init__(
         self, registry: Registry, recorder: Recorder, transactions: OpenTransactions, contexts: TriggerContexts
@@ -45,19 +45,19 @@ class Guard:
         self._contexts = contexts
 
     def before_statement(self, context: Any) -> None:
-        """Refuse a statement that no trigger and none of our listeners captures; name its transaction to triggers.
+        """Refuse a statement that neither a trigger nor a listener of ours captures. Set the trigger context.
 
-        Most statements only read. They leave first.
+        Most statements only read, and return at the first check.
         """
         writes: bool = context.isinsert or context.isupdate or context.isdelete
-        # A SELECT, too, may write: WITH gone AS (DELETE … RETURNING …). Only the compiled statement knows its CTEs.
+        # A SELECT may write too: WITH gone AS (DELETE … RETURNING …). Only the compiled statement knows its CTEs.
         ctes = getattr(context.compiled, "ctes", None)
         has_triggers = bool(self._registry.by_trigger)
         if not (writes or ctes or has_triggers or context.isddl or context.is_text):
             return
         connection = context.root_connection
         if context.isddl or ((context.isdelete or context.is_text) and log.name in context.statement):
-            self._recorder.known_keys(connection).clear()  # the log may be another one
+            self._recorder.known_keys(connection).clear()  # the statement may replace or empty the log
         transactions = self._transactions.on(connection)
         if not transactions:
             return
@@ -79,7 +79,7 @@ class Guard:
             self.refuse(connection, context.compiled.statement, _IN_AUTOCOMMIT)
 
     def _check_origin(self, connection: Connection, context: Any, transactions: Collection[OpenTransaction]) -> None:
-        """A write has to be our own, or the unit of work's of a class that is tracked."""
+        """Refuse a write that is neither our own nor the unit of work's for a tracked class."""
         statement = context.compiled.statement
         if any(transaction.own_writes for transaction in transactions):
             if any(transaction.statement_on not in (None, connection) for transaction in transactions):
@@ -102,19 +102,19 @@ class Guard:
             flush.written_on = connection
 
     def _refuse_second_database(self, connection: Connection, statement: Any) -> None:
-        """A Session with several binds, of its classes or of shards: the log of one does not tell of the others."""
+        """Refuse a Session that writes to two databases: the log of one does not have the changes of the other."""
         if self._logged(connection, statement.table) is not None:
             raise MemstateError(TWO_DATABASES)
 
     def _logged(self, connection: Connection, table: Any) -> Tracked | None:
-        """The class whose rows are in *table*, where no trigger logs them."""
+        """The tracked class whose rows are in *table*, unless triggers log them."""
         tracked = self._registry.named(table, connection.dialect.default_schema_name)
         return None if tracked is None or tracked.by_trigger else tracked
 
     def _is_of_base(self, tracked: Tracked, context: Any, flushes: Collection[Flush]) -> bool:
-        """Whether a flush changes objects of a base class, by which nothing tells that they may be of *tracked*.
+        """Whether a flush changes objects of a base class whose rows may belong to *tracked* without a sign of it.
 
-        A new row of the base class is none of a subclass, and a discriminator tells which rows are.
+        A new row of the base class belongs to no subclass, and a discriminator tells the class of each row.
         """
         table = context.compiled.statement.table
         is_of_base = table in tracked.tables[: tracked.base_table_count]
@@ -129,23 +129,24 @@ class Guard:
                 self.refuse(connection, cte.element, _IN_A_CTE)
 
     def refuse(self, connection: Connection, statement: Any, way_out: str) -> None:
-        """Raise, or warn, if *statement* is on a tracked table, and no trigger sees it."""
+        """Raise, or warn, if *statement* is on a tracked table, and no trigger logs it."""
         table = unaliased(getattr(statement, "table", None))
         tracked = self._logged(connection, table)
         if tracked is None:
             return
-        statement = getattr(statement, "_resolved", statement)  # of a lambda_stmt()
-        kind = statement.__visit_name__.upper()  # the class may be an annotated one
-        message = f"{kind} on {table.name} would bypass the log of {tracked.model.__name__}: {way_out}"
+        statement = getattr(statement, "_resolved", statement)  # the statement of a lambda_stmt()
+        kind = statement.__visit_name__.upper()  # its class may be an annotated copy
+        message = f"{kind} on {table.name} would bypass the log of {tracked.model.__name__}. {way_out}"
         if tracked.on_untracked == "raise":
             raise UntrackedWrite(message)
         warn(message, UntrackedWriteWarning)
 
 
 def _running_flush(transaction: OpenTransaction) -> Flush | None:
-    """The flush that runs now, if a statement is of it. It passes its base mapper's cache, as bulk_*() do.
+    """The flush that runs now, if the statement belongs to it.
 
-    Those, called in an event of a flush, have a transaction of their own below it; before the flush it has none.
+    The compiled cache does not tell a flush from bulk_*(). But bulk_*() in a flush event have a transaction of their
+    own below that of the flush, and before the flush begins it has none.
     """
     flush = transaction.flush
     unit = None if flush is None else flush.context

@@ -1,4 +1,4 @@
-"""Hazards of a PostgreSQL database: rights and policies by which changes get past the log, or others into it."""
+"""Hazards of a PostgreSQL database: rights and policies that let changes bypass the log, or let others write to it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from memstate_sa.db import functions
 from memstate_sa.db.dialects import database_of
 
 _OPEN = (
-    "captures changes as its owner, and other roles can attach it to tables of theirs: memory.create_tables(engine), "
-    "or a migration, closes it"
+    "runs with the rights of its owner, and other roles can attach it to their own tables. Run "
+    "memory.create_tables(engine), or a migration, to close it"
 )
 _HIDDEN_FROM_US = (
-    "has row-level security that holds for {role}, the role of this connection. Rows that it hides are not compared, "
-    "and a relay would remove them from indexes. Connect as a role that sees every row: the table's owner without "
-    "FORCE, or one with BYPASSRLS"
+    "has row-level security that applies to {role}, the role of this connection. Hidden rows are not compared, and a "
+    "relay would remove them from indexes. Connect as a role that sees every row: the table's owner without FORCE, or "
+    "a role with BYPASSRLS"
 )
 _HIDDEN_FROM_TRIGGERS = (
-    "has row-level security that holds for {role}, who owns the functions of its triggers. They log the rows that a "
+    "has row-level security that applies to {role}, the owner of its trigger functions. They log the rows that a "
     "statement shows them, but TRUNCATE fails. Remove FORCE, or give the functions an owner with BYPASSRLS"
 )
 _OF_ANOTHER = (
-    "belongs to {owner}, and its triggers run as {role}. Whoever owns a table can have its triggers run other code: "
-    "give the table and the functions one owner"
+    "belongs to {owner}, and its triggers run as {role}. The owner of a table can make its triggers run other code. "
+    "Give the table and the functions one owner"
 )
 
 _hidden = text(
@@ -48,7 +48,7 @@ _may_update = text("SELECT has_any_column_privilege(CAST(to_regclass(:name) AS o
 
 
 def may_lock(connection: Connection, table: Table) -> bool:
-    """Whether this connection's role may lock rows of *table*. PostgreSQL asks for the right to update them."""
+    """Whether this connection's role may lock rows of *table*. PostgreSQL requires the right to update them."""
     if database_of(connection).runs_in_process:
         return True
     [name] = _names(connection, [table])
@@ -56,7 +56,7 @@ def may_lock(connection: Connection, table: Table) -> bool:
 
 
 def hidden(connection: Connection, tables: Iterable[Table]) -> dict[str, str]:
-    """Those of *tables*, by their full names, of which a policy may hide rows from this connection's role."""
+    """The *tables* whose rows a policy may hide from this connection's role: the role, by the table's full name."""
     if database_of(connection).runs_in_process:
         return {}
     names = _names(connection, tables)
@@ -65,7 +65,7 @@ def hidden(connection: Connection, tables: Iterable[Table]) -> dict[str, str]:
 
 
 def hazards(connection: Connection, tracked: Iterable[Table], ours: Iterable[Table]) -> Iterator[tuple[str, str]]:
-    """What is wrong, as subject and message."""
+    """The hazards of the database, each as a subject and a message."""
     if database_of(connection).runs_in_process:
         return
     for function in functions.open_functions(connection):

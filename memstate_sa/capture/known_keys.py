@@ -1,4 +1,4 @@
-"""`KnownKeys`: keys that the log of one database is known to have an entry of."""
+"""`KnownKeys`: keys that have an entry in the log of one database, as far as we know."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ KnownKey = tuple[str, RawKey]
 
 
 class KnownKeys:
-    """The last used keys whose entries were seen, and committed: their rows need no look before they change.
+    """The most recently used keys with a committed entry. Their rows need no look before they change.
 
-    An entry once committed stays, but for the entries of rows that are gone (`Retention.log`), and of a log that was
-    emptied or restored behind our back. So logging checks that there is one, and forgets all keys when there is none.
+    A committed entry can only disappear with a deleted row (`Retention.log`), or when the log is emptied or restored.
+    So logging checks that the entry is there, and forgets all keys when it is not.
     """
 
     def __init__(self, limit: int = 16_384) -> None:
@@ -25,18 +25,18 @@ class KnownKeys:
         self._lock = threading.Lock()
 
     def find(self, entity: str, keys: Iterable[RawKey]) -> dict[RawKey, str] | None:
-        """The canonical key of each of *keys*; None where one of them is not known."""
+        """The canonical keys of *keys*, or None when one of them is not known."""
         if not self._keys:
             return None
-        found: dict[RawKey, str] = {}
+        canonical_keys: dict[RawKey, str] = {}
         with self._lock:
             for key in keys:
                 canonical = self._keys.get((entity, key))
                 if canonical is None:
                     return None
                 self._keys.move_to_end((entity, key))
-                found[key] = canonical
-        return found
+                canonical_keys[key] = canonical
+        return canonical_keys
 
     def add(self, keys: Mapping[KnownKey, str]) -> None:
         with self._lock:

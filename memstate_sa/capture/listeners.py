@@ -1,4 +1,4 @@
-"""The listeners of a Memory: it is told of all that its Sessions, and the engines below them, do."""
+"""The listeners of a Memory. They are called for the events of its Sessions and of the engines below them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 
 class Veto(Protocol):
-    """The writer of the indexes before a commit. It vetoes the commit by raising."""
+    """The writer of the indexes before a commit. It refuses the commit by raising."""
 
     def write(self, session: Session, transaction: OpenTransaction) -> None: ...
 
@@ -40,7 +40,7 @@ class Veto(Protocol):
 
 
 class SessionCapture:
-    """The listeners of one Memory. It holds no Session alive, and touches none it was not attached to."""
+    """The listeners of one Memory. They keep no Session alive, and listen only to attached Sessions."""
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class SessionCapture:
         self._guard = Guard(registry, recorder, self._transactions, self._contexts)
         self._flushes = FlushCapture(registry, recorder, self._transactions)
         self._bulk = BulkCapture(registry, recorder, self._transactions, self._guard)
-        # Of each Session's last commit: its transactions (an undo is one of its own), and where.
+        # The transactions and the engine of each Session's last commit. An undo is a transaction of its own.
         self.committed: WeakKeyDictionary[Session, tuple[Sequence[str], Engine]] = WeakKeyDictionary()
         self._guarded: WeakSet[Engine] = WeakSet()
-        self._stopped: WeakSet[Engine] = WeakSet()  # those that were listened to when this was stopped
-        self._watched: WeakSet[Dialect] = WeakSet()  # which engines of execution_options() share
+        self._stopped: WeakSet[Engine] = WeakSet()  # the engines that `stop` stopped listening to
+        self._watched: WeakSet[Dialect] = WeakSet()  # not engines: those of execution_options() share a dialect
         self._with_contexts: WeakSet[Engine] = WeakSet()  # engines whose commits and rollbacks end trigger contexts
         self._connected: WeakSet[Engine] = WeakSet()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -70,8 +70,8 @@ class SessionCapture:
         self._wakers: list[_Waker] = []
         self._turn = 0  # the order in which SessionCaptures were attached
         _remember(self)
-        self._checked: Any = None  # the entities of which the cascades are known
-        self._cascades: set[cascades.ForeignKey] = set()  # those that were warned of
+        self._checked: Any = None  # the entities whose cascades were checked
+        self._cascades: set[cascades.ForeignKey] = set()  # the foreign keys that had their warning
         self.mapper_listeners = self._flushes.mapper_listeners
         self.session_listeners: dict[str, Callable[..., Any]] = {
             "after_begin": self._after_begin,
@@ -98,7 +98,7 @@ class SessionCapture:
         listening.listen(tracked.model, constructed, self._after_mapper_constructed, propagate=True)
 
     def stop(self) -> None:
-        """Hold on to no class, Session or engine, until an attached Session is used again."""
+        """Let go of all classes, Sessions and engines, until an attached Session is used again."""
         if not self._is_listening:
             return
         self._is_listening = False
@@ -122,7 +122,7 @@ class SessionCapture:
         self._recorder.forget_keys()
 
     def resume(self) -> None:
-        """Listen again to what was tracked and attached before `stop`."""
+        """Listen again to the classes and Sessions from before `stop`."""
         if not self._is_listening:
             self._is_listening = True
             while self._wakers:
@@ -131,12 +131,12 @@ class SessionCapture:
                 self._listen_to_model(tracked)
             for target in list(self._attached):
                 self._listen_to_sessions(target)
-            for engine in list(self._stopped):  # a transaction may be open, which began before
+            for engine in list(self._stopped):  # a transaction that began before may be open
                 self.guard(engine)
             self._stopped.clear()
 
     def is_superseded(self, session: Session) -> bool:
-        """Whether a Memory that was attached later captures the same tables of *session*: one entry is enough."""
+        """Whether a Memory that was attached later captures the same tables of *session*. One log entry is enough."""
         others = (other for reference in _captures if (other := reference()) is not None)
         return any(
             other._turn > self._turn
@@ -146,13 +146,13 @@ class SessionCapture:
         )
 
     def _after_mapper_constructed(self, mapper: Mapper[Any], model: type[Any]) -> None:
-        """A subclass of a tracked class."""
+        """Track a new subclass of a tracked class."""
         self._registry.extend(mapper)
         self._registry.publish()
 
     def attach(self, target: Any) -> None:
-        """Listen to the Sessions of *target*. Idempotent."""
-        factory = getattr(target, "session_factory", target)  # a scoped_session's attributes make a Session
+        """Listen to the Sessions of *target*. A second call changes nothing."""
+        factory = getattr(target, "session_factory", target)  # other attributes of a scoped_session make a Session
         bind = factory.kw.get("bind") if hasattr(factory, "kw") else getattr(factory, "bind", None)
         bind = getattr(bind, "sync_engine", bind)
         if isinstance(bind, Engine):
@@ -178,8 +178,8 @@ class SessionCapture:
         if type(target).__module__.startswith("sqlalchemy.ext.asyncio"):
             return self._async_target(target)
         raise TypeError(
-            f"cannot attach to {target!r}; give a sessionmaker, a Session class, a scoped_session or an "
-            "async_sessionmaker"
+            f"Cannot attach to target={target!r}. Pass a sessionmaker, a Session class, a scoped_session or an "
+            "async_sessionmaker."
         )
 
     def _async_target(self, target: Any) -> Any:
@@ -190,11 +190,11 @@ class SessionCapture:
         if isinstance(target, async_scoped_session):
             return self._async_target(target.session_factory)
         if not isinstance(target, async_sessionmaker):
-            raise TypeError(f"cannot attach to {target!r}; give the async_sessionmaker")
+            raise TypeError(f"Cannot attach to target={target!r}. Pass the async_sessionmaker.")
         current = target.kw.get("sync_session_class") or target.class_.sync_session_class
         if current in self._attached:
             return current
-        # By default the class is SQLAlchemy's own Session: listening on it would attach every Session of the process.
+        # The class may be SQLAlchemy's own Session. To listen on it would attach every Session of the process.
         own = type("MemstateSession", (current,), {})
         target.configure(sync_session_class=own)
         return own
@@ -209,11 +209,11 @@ class SessionCapture:
     # -- the open transaction ----------------------------------------------------------------------------------------
 
     def transaction(self, session: Session) -> OpenTransaction:
-        """What is known of the transaction of *session*, which begins here if it has none."""
+        """The transaction of *session*. It begins here if the Session has none."""
         return self._transactions.of(session)
 
     def open_transaction(self, session: Session) -> OpenTransaction | None:
-        """What is known of the transaction that *session* has open, or None."""
+        """The open transaction of *session*, or None."""
         return self._transactions.find(session)
 
     def _after_begin(self, session: Session, _: SessionTransaction, connection: Connection) -> None:
@@ -230,9 +230,9 @@ class SessionCapture:
                 sqlite.warn_of_savepoints(connection)
 
     def warn_of_cascades(self) -> None:
-        """UntrackedWriteWarning, once for each foreign key by which the database changes rows past the log.
+        """Warn once about each foreign key whose ON DELETE or ON UPDATE changes rows without a log entry.
 
-        Without configured mappers, only of those to classes that are not tracked.
+        Until all mappers are configured, warn only about foreign keys to classes that are not tracked.
         """
         entities = self._registry.by_entity
         if entities is self._checked:
@@ -249,7 +249,7 @@ class SessionCapture:
             self._checked = entities
 
     def _has_triggers(self, session: Session, connection: Connection) -> bool:
-        """Whether *connection* is where *session* has a class that is captured by triggers."""
+        """Whether *session* has on *connection* a class that triggers capture."""
         for tracked in self._registry.by_entity.values():
             if tracked.by_trigger:
                 with suppress(UnboundExecutionError):
@@ -259,11 +259,11 @@ class SessionCapture:
 
     @property
     def engines(self) -> Collection[Engine]:
-        """Those that are listened to."""
+        """The engines that this listens to."""
         return list(self._guarded)
 
     def guard(self, engine: Engine) -> None:
-        """Listen to the statements of *engine*; better early: one that another thread runs meanwhile would fail."""
+        """Listen to the statements of *engine*. Early is better: a statement that runs in another thread may fail."""
         # Add to the set last: other threads treat membership as "already listening". Listening twice does no harm.
         if engine not in self._guarded:
             missing_tables.explain(engine)
@@ -276,16 +276,16 @@ class SessionCapture:
             self._with_contexts.add(engine)
 
     def _before_commit(self, session: Session) -> None:
-        """Seal the transaction. What the commit's own flush logs, which comes after this event, seals it then.
+        """Seal the transaction. The commit's own flush comes after this event, and its first entry seals it too.
 
-        So listeners of the application find what is to be flushed, whenever they were attached.
+        No flush here, where possible: so the application's listeners still find the unflushed objects.
         """
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too
             return
         transaction = self._transactions.of(session)
         transaction.seal = self._seal
         if self._veto is not None or self._registry.by_trigger:
-            session.flush()  # the veto looks at all that is written, and triggers do not tell what they log
+            session.flush()  # the veto needs all writes, and triggers do not report their entries
         if transaction.context_on is not None and not transaction.is_logged:
             if have_logged(transaction.context_on, transaction.tx):
                 transaction.status = Status.LOGGED
@@ -296,7 +296,7 @@ class SessionCapture:
                 self._veto.write(session, transaction)
 
     def _seal(self, transaction: OpenTransaction) -> None:
-        """Write the header, when the commit is about to come."""
+        """Write the header just before the commit."""
         has_entries = transaction.tx in transaction.logged_under
         if has_entries and any(transaction.labels.values()) and not transaction.has_header:
             assert transaction.written_on is not None
@@ -321,7 +321,7 @@ class SessionCapture:
         self._on_commit(transaction.written_on.engine)
 
     def _after_soft_rollback(self, session: Session, previous: SessionTransaction) -> None:
-        """Of a SAVEPOINT, too: what the transaction has logged may be rolled back, and its header with it."""
+        """Write the header again. A SAVEPOINT that was rolled back may have taken it and some entries back."""
         transaction = self._transactions.find(session)
         if transaction is not None:
             transaction.seen.clear()
@@ -330,7 +330,7 @@ class SessionCapture:
                 self._recorder.write_header(transaction.written_on, transaction.tx, transaction.labels)
 
     def _after_rollback(self, session: Session) -> None:
-        """A transaction, a SAVEPOINT, or a flush that failed: what it had under way will not happen."""
+        """End the flush and the commit that were under way: a transaction, SAVEPOINT or flush was rolled back."""
         self._flushes.end(session)
         transaction = self._transactions.find(session)
         if transaction is not None and not session.in_nested_transaction():
@@ -339,7 +339,7 @@ class SessionCapture:
                 transaction.status = Status.LOGGED
 
     def _after_transaction_end(self, session: Session, ended: SessionTransaction) -> None:
-        """The only event that close() and cancellation fire."""
+        """Forget the transaction. close() and cancellation fire no other event."""
         if ended.parent is not None:
             return
         self._flushes.end(session)
@@ -349,7 +349,7 @@ class SessionCapture:
 
     @contextmanager
     def undoing(self, connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> Iterator[None]:
-        """`TriggerContexts.undoing`, where a class is captured by triggers."""
+        """Run `TriggerContexts.undoing` if triggers capture any class."""
         if not self._registry.by_trigger:
             yield
             return
@@ -363,17 +363,17 @@ _remembering = threading.Lock()
 
 
 def _remember(capture: SessionCapture) -> None:
-    global _captures  # noqa: PLW0603  # replaced as a whole: it is read without the lock
+    global _captures  # noqa: PLW0603  # replaced as a whole, because readers take no lock
     with _remembering:
         _captures = (*(reference for reference in _captures if reference() is not None), weakref.ref(capture))
 
 
 _BEGINNINGS = ("after_begin", "before_flush", "do_orm_execute", "before_commit")
-"""The events of a Session with which something may begin that is to be captured."""
+"""The Session events that can start a change."""
 
 
 class _Waker:
-    """Listens in place of a SessionCapture that was stopped, and has it resume. It keeps nothing alive."""
+    """Listens in place of a stopped SessionCapture, and resumes it. It keeps nothing alive."""
 
     def __init__(self, target: Any, name: str, capture: SessionCapture) -> None:
         self._target, self._name = weakref.ref(target), name
@@ -382,7 +382,7 @@ class _Waker:
 
     def __call__(self, *arguments: Any) -> Any:
         capture = self._capture()
-        session: Session = getattr(arguments[0], "session", arguments[0])  # of an ORMExecuteState
+        session: Session = getattr(arguments[0], "session", arguments[0])  # an ORMExecuteState has it
         if capture is None or capture.is_superseded(session):
             return None
         capture.resume()

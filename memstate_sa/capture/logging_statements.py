@@ -35,7 +35,7 @@ _entity = bindparam("entity", type_=Text())
 _tx, _at = bindparam("tx", type_=log.c.tx.type), bindparam("at", type_=log.c.at.type)
 _version, _step = bindparam("version", type_=SmallInteger()), bindparam("step", type_=Boolean())
 ROW = "t"
-"""The alias of a row's first table in what `log_rows` and `look_at` are given."""
+"""The alias of a row's first table in the SELECTs that `log_rows` and `look_at` take."""
 
 _LOG_COLUMNS = ("tx", "at", "version", "entity", "snapshot", "key", "op", "image", "step")
 _OUTBOX_COLUMNS = ("tx", "created_at", "entity", "slot", "key")
@@ -43,7 +43,7 @@ _before, _baselines = unnest_strings("before"), unnest_rows("baselines")
 
 
 def look_at(here: FromClause) -> Select[Any]:
-    """The rows, with the images of those that the log has not seen."""
+    """The keys of the rows, each with its image if the log has no entry of it."""
     entry: Select[Any] = select(literal_column("1")).where(log.c.entity == _entity, log.c.key == here.c.key).limit(1)
     return select(here.c.key, case((entry.scalar_subquery().is_(None), here.c.image)))
 
@@ -51,22 +51,22 @@ def look_at(here: FromClause) -> Select[Any]:
 class Kind(NamedTuple):
     """The kind of a statement that logs rows."""
 
-    new: bool  # the transaction has made all of them
-    baselines: bool  # the log has not seen some of those that were there before
-    remembered: bool  # it is known to have an entry of each: that of a row which lacks it violates NOT NULL
+    new: bool  # the transaction has inserted all rows
+    baselines: bool  # some of the rows need a baseline first
+    remembered: bool  # the log should have an entry of each row; the statement violates NOT NULL if one is missing
 
 
 def log_rows(database: Database, rows: Select[Any], kind: Kind, *, returns: bool) -> Any:
-    """Log what became of *rows*, and on PostgreSQL mark them dirty in the same statement.
+    """Log the changes of *rows*, and on PostgreSQL mark them dirty in the same statement.
 
-    *returns*: it also returns what it has logged of each row. (On SQLite, `reading_logged` does that.)
+    With *returns*, the statement also returns the new entries. (On SQLite, `reading_logged` does that.)
     """
     changing = _inserted(database, rows) if kind.new else _changed(database, rows, kind)
-    # On SQLite the statement has to begin with its INSERT: the driver counts the rows of no other.
+    # On SQLite the statement must begin with INSERT, or the driver does not count its rows.
     changed: FromClause = changing.cte("changed") if database.has_writing_ctes else changing.subquery("changed")
     entry: list[Any] = [changed.c.key, changed.c.op, typed(changed.c.image, StoredJson), _step]
     shared = [_tx, _at, _version, _entity, statement_snapshot()]
-    order = [func.length(changed.c.key), changed.c.key]  # numbers as numbers
+    order = [func.length(changed.c.key), changed.c.key]  # numeric keys in numeric order
     entries = select(*shared, *entry).order_by(*order)
     if kind.baselines:
         part = _PARTS.alias("part")
@@ -94,10 +94,10 @@ _changes = and_(log.c.id.between(bindparam("first"), bindparam("last")), log.c.o
 _marks = select(log.c.tx, log.c.at, log.c.entity, literal_column("0"), log.c.key).where(_changes).order_by(log.c.id)
 
 marking_logged = insert(outbox).from_select(_OUTBOX_COLUMNS, _marks).execution_options(preserve_rowcount=True)
-"""On SQLite: mark dirty what the entries from id ``first`` to ``last`` say is changed."""
+"""On SQLite: mark dirty the keys of the entries from id ``first`` to ``last``, baselines left out."""
 
 reading_logged = select(log.c.key, log.c.op, log.c.image).where(_changes).order_by(log.c.id)
-"""On SQLite: the same entries."""
+"""On SQLite: read the same entries."""
 
 
 def _slot(key: ColumnElement[str]) -> ColumnElement[int]:
@@ -107,16 +107,16 @@ def _slot(key: ColumnElement[str]) -> ColumnElement[int]:
 
 
 def _current(database: Database, rows: Select[Any]) -> FromClause:
-    """*rows*, one of each key.
+    """The newest of *rows* for each key.
 
-    An old snapshot shows two, where others have deleted a row since, and this transaction has made another one.
+    An old snapshot may show two: a row that others have deleted since, and a row that this transaction inserted.
     """
     if database.has_one_writer:
         return rows.subquery("here")
     key = next(iter(rows.selected_columns))
     is_newest = func.row_number().over(partition_by=key, order_by=func.age(literal_column(f"{ROW}.xmin"))).label("n")
-    each = rows.add_columns(is_newest).subquery("each_row")
-    return select(each.c.key, each.c.image).where(each.c.n == 1).subquery("here")
+    numbered = rows.add_columns(is_newest).subquery("numbered")
+    return select(numbered.c.key, numbered.c.image).where(numbered.c.n == 1).subquery("here")
 
 
 def _inserted(database: Database, rows: Select[Any]) -> Select[Any]:
@@ -125,25 +125,28 @@ def _inserted(database: Database, rows: Select[Any]) -> Select[Any]:
 
 
 def _with_last_entries(database: Database, touched: FromClause) -> tuple[FromClause, FromClause, FromClause]:
-    """Each of the keys *touched*, and its last entry if it has one: both together, the keys, the entries."""
-    its = and_(log.c.entity == _entity, log.c.key == touched.c.key)
-    if database.has_laterals:  # one look into the index for each key, and not a join, which may read the whole log
-        last: FromClause = select(log.c.op, log.c.image).where(its).order_by(log.c.id.desc()).limit(1).lateral("last")
+    """The *touched* keys, and the last entry of each if it has one: as the join, the keys and the entries."""
+    is_entry = and_(log.c.entity == _entity, log.c.key == touched.c.key)
+    if database.has_laterals:  # one index lookup for each key; a plain join may read the whole log
+        entries = select(log.c.op, log.c.image).where(is_entry).order_by(log.c.id.desc())
+        last: FromClause = entries.limit(1).lateral("last")
         return touched.outerjoin(last, true()), touched, last
-    newest = select(func.max(log.c.id)).where(its).scalar_subquery()
+    newest = select(func.max(log.c.id)).where(is_entry).scalar_subquery()
     known = select(touched.c.key, touched.c.image, newest.label("id")).subquery("known")
     last = log.alias("last")
     return known.outerjoin(last, last.c.id == known.c.id), known, last
 
 
 def _changed(database: Database, rows: Select[Any], kind: Kind) -> Select[Any]:
-    """The keys of which the log does not say yet what has become of them."""
+    """The keys whose last entry differs from their row, with the change to log."""
     here = _current(database, rows)
     there = select(here.c.key, here.c.image, literal_column("0").label("seen"))
     before = select(_before.c.value, literal_column("NULL", Text()), literal_column("1"))
-    each = union_all(there, before).subquery("each")
-    image_now, seen_before = func.max(each.c.image).label("image"), func.max(each.c.seen).label("seen")
-    touched = select(each.c.key, image_now, seen_before).group_by(each.c.key).subquery("touched")
+    rows_and_looks = union_all(there, before).subquery("rows_and_looks")
+    image_now = func.max(rows_and_looks.c.image).label("image")
+    seen_before = func.max(rows_and_looks.c.seen).label("seen")
+    key = rows_and_looks.c.key
+    touched = select(key, image_now, seen_before).group_by(key).subquery("touched")
     source, known, last = _with_last_entries(database, touched)
     op: ColumnElement[Any] = last.c.op
     image: ColumnElement[Any] = last.c.image
@@ -160,7 +163,8 @@ def _changed(database: Database, rows: Select[Any], kind: Kind) -> Select[Any]:
     became: ColumnElement[Any] = case((is_gone, "delete"), (was_gone, "insert"), else_="update")
     has_changed: ColumnElement[Any] = case((is_gone, ~was_gone), else_=or_(was_gone, differs))
     if not database.has_one_writer:
-        # A snapshot may not show what others have logged of a key that was free: a row in its place is another one.
+        # The key had no row when we looked, so its row is a new one. An old snapshot may hide others' entries of the
+        # key: log the row even if it equals the last entry that the snapshot shows.
         is_old_snapshot = func.current_setting("transaction_isolation") != "read committed"
         has_changed = or_(has_changed, and_(known.c.seen == 0, is_old_snapshot))
     if kind.remembered:

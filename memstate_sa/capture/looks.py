@@ -1,4 +1,4 @@
-"""What capture asks of a class: to look at its rows before they change, and to log what became of them."""
+"""The log of a class, as capture uses it: look at its rows before they change, and log the changes afterwards."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from memstate_sa.db.statements import batches
 from memstate_sa.log.changes import LogEntry
 
 RawKey = tuple[Any, ...]
-"""A primary key as the driver has it."""
+"""A primary key as the driver takes and returns it."""
 
 
 class Header(NamedTuple):
-    """What all entries of a statement share."""
+    """The values that all entries of a statement share."""
 
     tx: str
     at: datetime
@@ -26,10 +26,10 @@ class Header(NamedTuple):
 
 
 class Look(NamedTuple):
-    """A batch of keys, and the rows that they had: by canonical key, with the image where the log has not seen it.
+    """A batch of keys, and their rows before the change: by canonical key, an image or None.
 
-    ``remembered``: there was no look, as the log is known to have an entry of each key. `ClassLog.log` raises `NoEntry`
-    for a row of which it has none.
+    Only a row without an entry in the log has an image here. With ``remembered`` no row was read, as the log should
+    have an entry of each key. `ClassLog.log` raises `NoEntry` if one is missing.
     """
 
     keys: Sequence[RawKey]
@@ -37,19 +37,19 @@ class Look(NamedTuple):
     remembered: bool = False
 
 
-class NoEntry(Exception):  # it asks for another attempt
-    """The log has no entry of a key that was known to have one."""
+class NoEntry(Exception):  # the caller reports it
+    """The log has lost the entry of a known key."""
 
 
 def with_others(looks: Sequence[Look], keys: Iterable[RawKey]) -> list[Look]:
-    """*looks*, and batches of those *keys* that they lack: there was no row of them."""
+    """*looks*, and more for the *keys* that they lack: these had no row."""
     seen = {key for look in looks for key in look.keys}
     others = [key for key in keys if key not in seen]
     return [*looks, *(Look(batch, {}) for batch in batches(others))]
 
 
 class Logged(NamedTuple):
-    """How many rows have changed, and their entries where Python checks each of them."""
+    """The number of changed rows, and their entries if Python must check them."""
 
     changed: int = 0
     entries: Sequence[LogEntry] = ()
@@ -59,16 +59,16 @@ class ClassLog(Protocol):
     """Logs the rows of one class in one database: `TableLog`, or `ReadLog` where SQL cannot write its images."""
 
     def look(self, connection: Connection, keys: Sequence[RawKey]) -> list[Look]:
-        """The rows of *keys* before they are changed, in batches."""
+        """The rows of *keys* before they change, in batches."""
 
     def images(self, connection: Connection, keys: Sequence[RawKey]) -> dict[str, Image]:
         """The images of the rows of *keys*, in the form that `log` gives them."""
 
     def count(self, connection: Connection, keys: Sequence[RawKey]) -> int:
-        """How many rows there are of *keys*, of whichever class in their table."""
+        """The number of *keys* that have a row in the table, of any class."""
 
     def log(self, connection: Connection, header: Header, look: Look, *, new: bool) -> Logged:
-        """Log what became of the rows of *look*, and mark them dirty.
+        """Log the changes of the rows of *look*, and mark them dirty.
 
-        *new*: the transaction has made all of them. Then the log is not asked what it knows of them.
+        With *new*, the transaction has inserted all of them, and they are not compared with the log.
         """

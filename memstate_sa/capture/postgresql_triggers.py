@@ -1,4 +1,4 @@
-"""The triggers of a tracked table on PostgreSQL: once a statement, of all its rows."""
+"""The triggers of a tracked table on PostgreSQL. They run once per statement, for all its rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TRANSITION_TABLES = {
     "delete": "REFERENCING OLD TABLE AS old_rows ",
     "truncate": "",
 }
-# A small table, or one without statistics, is read as a whole otherwise: in SERIALIZABLE, it is locked as a whole.
+# Without these, PostgreSQL reads a small table, or one without statistics, as a whole. SERIALIZABLE then locks it all.
 _BY_INDEX = " SET enable_seqscan = off SET enable_bitmapscan = off"
 _DESCRIBED = {"schema": _SQL.line("schema"), "schema_name": _SQL.line("schema_name"), "parts": _SQL.line("parts")}
 INSTALLED = text(_SQL.line("installed", is_closed=functions.IS_CLOSED))
@@ -33,7 +33,7 @@ _place = text("SELECT {schema}, {schema_name}, {parts} ".format(**_DESCRIBED) + 
 
 
 class Places(NamedTuple):
-    """The schema of a table, as an identifier and as a literal; and that of memstate_sa, as an identifier."""
+    """The schema of a table, as an identifier and as a literal, and the schema of memstate_sa, as an identifier."""
 
     its: str
     its_name: str
@@ -41,31 +41,34 @@ class Places(NamedTuple):
 
 
 def triggers(connection: Connection, writer: TableWriter) -> list[Trigger]:
-    """The triggers of a table. Raises MemstateError where they would not see every write."""
+    """The triggers of a table. Raises MemstateError if they would not see every write."""
     return list(build(writer, find_places(connection, writer)))
 
 
 def name_in_catalog(table: Table, dialect: Dialect) -> str:
-    """The *table* as the statement `INSTALLED` takes it."""
+    """The name of *table* as a parameter of the statement `INSTALLED`."""
     return as_sent(dialect.identifier_preparer.format_table(table), dialect)
 
 
 def find_places(connection: Connection, writer: TableWriter) -> Places:
-    """The schemas in the database. Raises MemstateError where triggers would not see every write."""
+    """The schemas in the database. Raises MemstateError if triggers would not see every write."""
     places = [connection.execute(_place, {"name": name}).one_or_none() for name in (writer.table, log.name)]
     if None in places:
-        raise MemstateError("the tables of memstate_sa are not there yet: create them before the triggers")
+        raise MemstateError(
+            "Cannot create triggers: the tables of memstate_sa do not exist. Create them first, by a migration or "
+            "memory.create_tables(engine)."
+        )
     (its, its_name, parts), (ours, _, _) = places  # type: ignore[misc]
     if parts:
         raise MemstateError(
-            f"{writer.captured.table.fullname} {parts}: its triggers would not see writes to partitions or children. "
-            "Track it with capture='session'."
+            f"Cannot capture {writer.captured.table.fullname} by triggers: it {parts}, and they would not see writes "
+            "to partitions or children. Track it with capture='session'."
         )
     return Places(its, its_name, ours)
 
 
 def build(writer: TableWriter, places: Places) -> Iterator[Trigger]:
-    """The triggers of a table. That of TRUNCATE runs before it, as there are no rows after."""
+    """The triggers of a table. The one for TRUNCATE runs before it, while the rows are still there."""
     table_name = str(writer.captured.table.name)
     table = f"{places.its}.{writer.quote(table_name)}"
     bodies = _Bodies(writer, table, places.ours).by_event()
@@ -76,7 +79,7 @@ def build(writer: TableWriter, places: Places) -> Iterator[Trigger]:
         context = {setting: functions.transaction_setting(setting, "moment") for setting in ("tx", "step", "skip")}
         parts = {"header": writer.header, "moment": functions.MOMENT, "check": check.rstrip("\n")}
         source = "\n" + _SQL.block("function", body=bodies[event], **parts, **context) + "\n"
-        # As its owner: who may write the table, need not be allowed to write the log.
+        # It runs as its owner, because a role that may write the table needs no right to write the log.
         create_function = functions.creating(f"{places.ours}.{name}", source, "" if event == "truncate" else _BY_INDEX)
         create_trigger = (
             f"CREATE TRIGGER {name} {when} {event.upper()} ON {table} "
@@ -86,7 +89,7 @@ def build(writer: TableWriter, places: Places) -> Iterator[Trigger]:
 
 
 class _Bodies:
-    """Writes the bodies of the functions of one table, each of blocks with an empty line between them."""
+    """Writes the bodies of the functions of one table."""
 
     def __init__(self, writer: TableWriter, table: str, ours: str) -> None:
         self._table = table
@@ -140,10 +143,10 @@ class _Bodies:
     def _body(
         self, touched: str, *, old: str | None = None, new: str | None = None, now: str | None = None, last: str = ""
     ) -> str:
-        """Log what has become of the rows *touched*.
+        """Log the changes of the *touched* rows. Each argument is a SELECT; None stands for no rows.
 
-        *old* are the rows as they were, *new* the keys that the statement wrote, *now* the rows as they are: none where
-        nothing is given. *last* is the last entry of a key, by default as the log has it.
+        *old* has the rows before the statement, *new* the keys that it wrote, and *now* the current rows. *last* is the
+        last entry of a key, read from the log by default.
         """
         now = now or self._no_rows
         baselines = (
@@ -154,16 +157,16 @@ class _Bodies:
         return "\n\n".join([*baselines, changes, _SQL.block("remember_tx")])
 
     def _current_rows(self, *transition_tables: str) -> str:
-        """What the table has of the keys in *transition_tables*."""
-        keys = ", ".join(f"r.{name}" for name in self._keys)  # a variable of the function may have the name of a column
+        """The rows of the table for the keys in *transition_tables*."""
+        keys = ", ".join(f"r.{name}" for name in self._keys)  # with r., as a variable may have the name of a column
         touched = " UNION ".join(_SQL.line("touched_keys", keys=keys, rows=rows) for rows in transition_tables)
         same = " AND ".join(f"i.{name} = k.{name}" for name in self._keys)
         return _SQL.line("current_rows", touched=touched, table=self._table, same=same, **self._now._asdict())
 
 
 def creating_offline(writer: TableWriter) -> list[str]:
-    """Statements that create the triggers where nobody can be asked for the schemas of the tables."""
-    # No name of the application is one of these: it would have to hold its own digest.
+    """Statements that create the triggers, for a script that runs without a connection."""
+    # No name of the application equals a placeholder, because it would have to contain its own digest.
     unknown = Places(*(f"@{place} {writer.digest}@" for place in Places._fields))
     statements = "\n".join(
         f"  EXECUTE {_filled_in(functions.dollar_quoted(statement), unknown)};"
@@ -189,7 +192,7 @@ def _filled_in(statement: str, unknown: Places) -> str:
 
 
 def dropping(writer: TableWriter) -> list[str]:
-    """Statements that drop the triggers of a table, and their functions, as far as they are there."""
+    """Statements that drop the triggers of a table and their functions, if they exist."""
     names = [writer.name(event) for event in _EVENTS]
     triggers = [f"DROP TRIGGER IF EXISTS {name} ON {writer.table}" for name in names]
     return triggers + [f"DROP FUNCTION IF EXISTS {name}()" for name in names]

@@ -37,28 +37,31 @@ from memstate_sa.tracking.validation import to_validation_failed
 
 logger = printable_logger("memstate_sa.recorder")
 
-TWO_DATABASES = "the tracked models of one Session must live in one database: this one writes to two"
-# PostgreSQL looks for a deadlock after a second (deadlock_timeout), and then cancels one of the transactions.
+TWO_DATABASES = (
+    "Cannot log this write: the Session writes to two databases. Keep its tracked models in one database, or use a "
+    "Session for each."
+)
+# Shorter than PostgreSQL's default deadlock_timeout (1 s), so that we give up before it cancels a transaction.
 _hurry = select(func.set_config("lock_timeout", "100ms", True))
 _LOCK_NOT_AVAILABLE = "55P03"
 _SHOWN = 20
 _NO_ENTRY = (
-    "the log has lost entries of {}: it was emptied or restored while this process ran. Run the transaction again; "
-    "`memstate-sa doctor` tells whether more is missing"
+    "The log has lost entries of {}. It was emptied or restored while this process ran. Run the transaction again. "
+    "`memstate-sa doctor` tells whether more is missing."
 )
 _NOT_UNIQUE = (
-    "%s: %d rows that are older than tracking or than unique_by, or were changed past it, have the same value of what "
-    "must be unique as another, and can be changed only so that they have it no longer, or deleted. The first of them "
-    "by key: %s"
+    "%s: the unique_by value of %d rows already belongs to another row. They are older than tracking or unique_by, or "
+    "were changed without memstate_sa. A change is accepted only if it gives them another value. Their keys (first "
+    "ones): %s"
 )
 
 
 class Recorder:
-    """Logs what became of rows, by as many statements for one as for many."""
+    """Logs the changes of rows. The number of statements does not grow with the number of rows in a batch."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        # By the pool of connections to a database, which may have other types than the model says.
+        # By connection pool, because the column types of a database may differ from those of the model.
         self._logs: WeakKeyDictionary[Pool, dict[str, tuple[Tracked, TableColumns, ClassLog]]] = WeakKeyDictionary()
         self._known: WeakKeyDictionary[Pool, KnownKeys] = WeakKeyDictionary()
 
@@ -71,17 +74,17 @@ class Recorder:
         return known[2]
 
     def known_keys(self, connection: Connection) -> KnownKeys:
-        """Those of the database of *connection*, for all of its connections."""
+        """The known keys of the database of *connection*. All of its connections share them."""
         pool = connection.engine.pool
         known = self._known.get(pool)
         return self._known.setdefault(pool, KnownKeys()) if known is None else known
 
     def forget_keys(self) -> None:
-        """Whoever empties the log from now on is not seen."""
+        """Forget the known keys of all databases, because nothing will tell us when a log is emptied."""
         self._known.clear()
 
     def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
-        """Write the labels of *tx*, unless they are there: what a SAVEPOINT may have rolled back is written again."""
+        """Write the labels of *tx*, unless they are there. A SAVEPOINT may have rolled them back."""
         new = database_of(connection).upsert(tables.transaction).values(tx=tx, at=utcnow(), **labels)
         connection.execute(new.on_conflict_do_nothing())
 
@@ -95,9 +98,9 @@ class Recorder:
         deliver_baselines: bool = False,
         refuse: bool = True,
     ) -> None:
-        """Log *entries* and mark their keys dirty: two INSERTs at most, whatever their number.
+        """Log *entries* and mark their keys dirty, with at most two INSERTs.
 
-        Without *refuse*, for rows that were written past us, values that must be unique and are not are warned of.
+        ``refuse=False`` is for rows that others wrote without us. A duplicate of a unique value is then only a warning.
         """
         if not entries:
             return
@@ -111,7 +114,7 @@ class Recorder:
                 (entry.entity, entry.key) for entry in entries if deliver_baselines or entry.op != "baseline"
             )
             outbox.add(connection, entries, dirty, tx, at, self._registry.versions)
-            for entity in sorted({entity for entity, _ in dirty}):  # in one order, as these wait for each other
+            for entity in sorted({entity for entity, _ in dirty}):  # in a fixed order, because writers wait here
                 tracked = self._registry.by_entity[entity]
                 if tracked.unique_values is not None:
                     self._write_unique(connection, tracked, entries, refuse=refuse)
@@ -119,15 +122,15 @@ class Recorder:
     def _write_unique(
         self, connection: Connection, tracked: Tracked, entries: Sequence[LogEntry], *, refuse: bool
     ) -> None:
-        """Keep the table of unique values in step. Its primary key is what decides between concurrent writers.
+        """Keep the table of unique values in step. Its primary key decides between concurrent writers.
 
-        Where none is *refused*, the first row has the value, and others have none.
+        Without *refuse*, the first row gets the value, and the other rows get none.
         """
         unique = tables.unique
-        ours = [entry for entry in entries if entry.entity == tracked.entity]
-        images = {entry.key: entry.image for entry in ours}
-        # An undo inserts into the log also what is there again, and has a value.
-        keys = list({entry.key for entry in ours if entry.op != "insert" or entry.reverts})
+        class_entries = [entry for entry in entries if entry.entity == tracked.entity]
+        images = {entry.key: entry.image for entry in class_entries}
+        # An "insert" of an undo may restore a fact that still has its value here.
+        keys = list({entry.key for entry in class_entries if entry.op != "insert" or entry.reverts})
         for batch in batches(keys, READ_CHUNK):
             connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(batch)))
         living = {key: image for key, image in images.items() if image is not None}
@@ -139,23 +142,24 @@ class Recorder:
                 connection.execute(insert(unique), rows)
             except IntegrityError as error:
                 raise ConflictError(
-                    f"{tracked.entity}: another fact has the same value of what must be unique"
+                    f"Cannot write these facts of {tracked.entity}: another fact has the same value of unique_by. "
+                    "Change that fact, or write another value."
                 ) from error
         else:
             _warn_of(tracked, unique_values.give(connection, tracked, values))
 
     def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> tuple[int, int]:
-        """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session.
+        """Log and mark dirty the rows of *keys* that the log has not seen, outside of any Session.
 
-        Returns how many they were, and how many of *keys*, in their order, are done with. It waits for the first row
-        alone, and passes by others that are locked: who has locked one may wait for another that is locked here. Nor
-        does it hold them for long while it waits for a value that must be unique: then fewer are done with, or none.
+        Returns the number of baselines, and the number of leading *keys* that are done. To avoid deadlocks, it waits
+        only for the first row, and skips other locked rows. While it holds rows it waits only briefly for a unique
+        value. After that it tries again with half of the keys, or gives up.
         """
         if tracked.unique_values is None or database_of(connection).has_one_writer:
             return self._log_baselines(connection, tracked, keys)
         while keys:
             try:
-                with connection.begin_nested():  # rolled back, it lets go of the rows
+                with connection.begin_nested():  # a rollback of this SAVEPOINT releases the rows
                     return self._log_baselines(connection, tracked, keys, hurry=True)
             except DBAPIError as error:
                 if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
@@ -170,9 +174,9 @@ class Recorder:
         unknown = set(self.unknown(connection, tracked, keys))
         columns = tracked.columns_for(connection.dialect)
         first, others = ([decode_key(key) for key in part if key in unknown] for part in (keys[:1], keys[1:]))
-        held = columns.lock(connection, first) | columns.lock(connection, others, skip_locked=True)
-        looks = self._log_of(tracked, connection).look(connection, list(map(decode_key, held)))
-        # Others that held these rows while we waited for them may have logged them.
+        locked_keys = columns.lock(connection, first) | columns.lock(connection, others, skip_locked=True)
+        looks = self._log_of(tracked, connection).look(connection, list(map(decode_key, locked_keys)))
+        # While we waited for a lock, its owner may have logged the row.
         images = {key: image for look in looks for key, image in look.rows.items()}
         unseen = {key: json.loads(image) for key, image in images.items() if image is not None}
         entries = [LogEntry(tracked.entity, key, "baseline", image) for key, image in unseen.items()]
@@ -186,7 +190,7 @@ class Recorder:
         return len(entries), next(not_done, len(keys))
 
     def _take_in_values(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> set[str]:
-        """Give rows their unique values whose history is older than these. Returns the keys of rows that are locked."""
+        """Give unique values to rows whose history is older than unique_by. Returns the keys of locked rows."""
         columns = tracked.columns_for(connection.dialect)
         seen = unique_values.differences(
             connection, tracked, columns.read(connection, [decode_key(key) for key in keys])
@@ -195,7 +199,7 @@ class Recorder:
         wrong = sorted(seen.keys)
         if not wrong:
             return set()
-        # As of rows that the log has not seen: it waits for the first one alone.
+        # Like `log_baselines`, wait only for the first row.
         first, others = ([decode_key(key) for key in part] for part in (wrong[:1], wrong[1:]))
         images = columns.read(connection, first, for_update=True)
         images |= columns.read(connection, others, for_update=True, skip_locked=True)
@@ -205,7 +209,7 @@ class Recorder:
         return set(wrong[1:]) & set(keys) - images.keys()
 
     def unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> Sequence[str]:
-        """Those of *keys* that the log has no entry of."""
+        """The *keys* that have no entry in the log."""
         return connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
 
     def look(
@@ -217,10 +221,9 @@ class Recorder:
         *,
         remembered: bool = True,
     ) -> list[Look]:
-        """The rows of *keys* before they change, for `log`. Not *remembered*: whatever the log is known to have.
+        """The rows of *keys* before they change, for `log`. With *remembered*, known keys need no look.
 
-        It locks no row, as the statement that follows does. Others may change a row before that has it; then they log
-        its baseline.
+        It locks no row: the statement that follows does. If others change a row before that, they log its baseline.
         """
         require_supported(connection, transaction)
         if remembered and (known := self.known_keys(connection).find(tracked.entity, keys)):
@@ -238,10 +241,9 @@ class Recorder:
         looks: Sequence[Look],
         new: Sequence[RawKey] = (),
     ) -> int:
-        """Log what became of the rows of *looks*, and *new* rows; returns how many have changed.
+        """Log the changes of the rows of *looks*, and *new* rows. Returns the number of changed rows.
 
-        A row that the transaction has made is not compared with the log: its snapshot may not show what others have
-        logged of that key.
+        A new row is not compared with the log. The transaction's snapshot may not show others' entries of its key.
         """
         require_supported(connection, transaction)
         log = self._log_of(tracked, connection)
@@ -254,10 +256,10 @@ class Recorder:
                 raise ConflictError(_NO_ENTRY.format(tracked.entity)) from error
             self._note(connection, transaction, tracked, zip(looks, logged, strict=True))
             logged += [log.log(connection, header, Look(batch, {}), new=True) for batch in batches(new)]
-            count = sum(each.changed for each in logged)
+            count = sum(batch.changed for batch in logged)
             if count:
                 transaction.note_entries(connection, transaction.tx)
-            entries = [entry for each in logged for entry in each.entries]
+            entries = [entry for batch in logged for entry in batch.entries]
             self._check(connection, tracked, entries)
             if entries and tracked.unique_values is not None:
                 self._write_unique(connection, tracked, entries, refuse=True)
@@ -270,38 +272,38 @@ class Recorder:
         tracked: Tracked,
         logged: Iterable[tuple[Look, Logged]],
     ) -> None:
-        """Note the keys that the log has now, to be remembered: of rows that were changed.
+        """Note the keys of changed rows, to remember after the commit that the log has their entries.
 
-        Of others, a transaction with an older snapshot may not see the entry.
+        A row that did not change may have its only entry in a newer snapshot than that of another transaction.
         """
         if len(transaction.seen) >= self.known_keys(connection).limit:
             return
         columns = tracked.columns_for(connection.dialect)
-        for look, its in logged:
-            if its.changed == len(look.keys) and not look.remembered:
+        for look, batch in logged:
+            if batch.changed == len(look.keys) and not look.remembered:
                 canonical = ((raw, columns.canonical_raw(raw)) for raw in look.keys)
                 transaction.seen.update(((tracked.entity, raw), key) for raw, key in canonical if key in look.rows)
 
     def remember(self, connection: Connection, transaction: OpenTransaction) -> None:
-        """Remember the keys that *transaction*, which has committed, has changed."""
-        if not connection.in_transaction():  # else it was a part of one
+        """Remember the keys that the committed *transaction* has changed."""
+        if not connection.in_transaction():  # otherwise it is a part of a larger transaction, still open
             self.known_keys(connection).add(transaction.seen)
 
     def images(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> dict[str, Image]:
-        """The rows of canonical *keys*, in the form that the log has of a flush."""
+        """The images of the rows of canonical *keys*, in the form that a flush logs them."""
         return self._log_of(tracked, connection).images(connection, list(map(decode_key, keys)))
 
     def count_lost(
         self, connection: Connection, transaction: OpenTransaction, tracked: Tracked, keys: Sequence[RawKey]
     ) -> int:
-        """How many rows of *keys*, which were written, are not there."""
+        """The number of *keys* that were written, but have no row."""
         if not keys:
             return 0
         with transaction.writing():
             return len(keys) - self._log_of(tracked, connection).count(connection, keys)
 
     def _check(self, connection: Connection, tracked: Tracked, entries: Sequence[LogEntry]) -> None:
-        """What the schema says of rows as the database has them, its own defaults and expressions included."""
+        """Validate the rows as the database stores them, its defaults and expressions included."""
         if tracked.validate is None and tracked.immutable is None:
             return
         columns = tracked.columns_for(connection.dialect)
@@ -310,7 +312,9 @@ class Recorder:
                 continue
             values = tracked.by_attribute(columns.values(dict(entry.image)))
             if entry.op == "update" and tracked.immutable is not None and tracked.immutable(values):
-                raise ConflictError(f"a fact of {tracked.entity} is immutable: delete it and add another")
+                raise ConflictError(
+                    f"Cannot change this fact of {tracked.entity}: it is immutable. Delete it and add another."
+                )
             if tracked.validate is None:
                 continue
             try:
@@ -320,7 +324,7 @@ class Recorder:
 
 
 def require_visible(connection: Connection, tracked: Tracked) -> None:
-    """Raise where a policy may be the reason why a row is not found."""
+    """Raise if a row-level security policy may hide the rows that were not found."""
     if hidden := hazards.hidden(connection, tracked.tables):
         raise UntrackedWrite(
             f"Cannot log rows of {tracked.entity}: row-level security hides them after they are written. "
@@ -329,7 +333,7 @@ def require_visible(connection: Connection, tracked: Tracked) -> None:
 
 
 def _warn_of(tracked: Tracked, without: Sequence[str]) -> None:
-    """Say which rows were given no unique value, as others have it."""
+    """Warn about rows that got no unique value, because other rows have it."""
     if without:
         logger.warning(_NOT_UNIQUE, tracked.entity, len(without), ", ".join(without[:_SHOWN]))
 

@@ -1,6 +1,6 @@
-"""The SQL by which a trigger writes a row: its image as tagged JSON, and its canonical key.
+"""The SQL that writes a row's image as tagged JSON, and its canonical key. Triggers and `TableLog` use it.
 
-It writes what `TableColumns` and `codec` would have written in Python.
+It gives the same text as `TableColumns` and `codec` give in Python.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _tagged(tag: str, value: str) -> str:
 
 
 def _iso(value: str, format_: str) -> str:
-    """As Python's isoformat(): microseconds only where there are some."""
+    """The same text as Python's isoformat(), which writes microseconds only when they are not zero."""
     return (
         f"to_char({value}, '{format_}') || CASE WHEN date_trunc('second', {value}) = {value} THEN '' "
         f"ELSE to_char({value}, '.US') END"
@@ -64,7 +64,7 @@ def _interval(_: Any, value: str) -> str:
 _POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {
     sqltypes.Boolean: lambda _, value: f"{value}::text",
     sqltypes.Integer: lambda _, value: f"{value}::text",
-    sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),  # before Numeric, whose subclass it may be
+    sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),  # before Numeric, its base class
     sqltypes.Numeric: lambda _, value: _tagged("$decimal", f"{value}::text"),
     sqltypes.String: lambda _, value: f"to_json({value})::text",
     sqltypes.Uuid: _uuid,
@@ -91,9 +91,9 @@ _STORED_AS: Mapping[type, Collection[str]] = {
 
 
 def stored_as(type_: Any) -> Collection[str]:
-    """The names of PostgreSQL's types for which the SQL of *type_* is right; nothing where it is for any.
+    """The names of PostgreSQL's types for which the SQL of *type_* is right. Empty when any type is.
 
-    A column may have another type in the database than in the model: a migration was forgotten.
+    A column may have another type in the database than in the model, for example when a migration is missing.
     """
     if isinstance(type_, (sqltypes.DateTime, sqltypes.Time)):
         name = "timestamp" if isinstance(type_, sqltypes.DateTime) else "time"
@@ -134,18 +134,23 @@ def _json_postgresql(columns: TableColumns, column: Column[Any], value: str) -> 
                     return image
                 condition, as_text = unreadable_times.is_readable(type_, value), unreadable_times.as_text(type_, value)
                 return f"CASE WHEN {condition} THEN {image} ELSE to_json({as_text})::text END"
-    raise MemstateError(f"a trigger cannot log {column.table.name}.{column.name} ({column.type!r}): track it without")
+    raise MemstateError(
+        f"Cannot capture {column.table.name}.{column.name} by triggers: they cannot write a {column.type!r}. Exclude "
+        "the column, or track the class with capture='session'."
+    )
 
 
 def _json_sqlite(_: TableColumns, __: Column[Any], value: str) -> str:
-    """By the class in which the value is stored: the type of a column does not tell."""
-    return (
-        f"CASE typeof({value}) WHEN 'integer' THEN CAST({value} AS TEXT) "
-        f"WHEN 'real' THEN {_tagged('$float', f'quote({value})')} "
-        f"WHEN 'blob' THEN {_tagged('$bytes', f'lower(hex({value}))')} "
-        f"WHEN 'text' THEN CASE WHEN instr({value}, char(0)) THEN "
-        f"{_tagged('$text', f'lower(hex(CAST({value} AS BLOB)))')} ELSE json_quote({value}) END END"
-    )
+    """SQL for a value by its storage class, because a column's type does not determine it."""
+    text_with_nul = _tagged("$text", f"lower(hex(CAST({value} AS BLOB)))")
+    images = {
+        "integer": f"CAST({value} AS TEXT)",
+        "real": _tagged("$float", f"quote({value})"),
+        "blob": _tagged("$bytes", f"lower(hex({value}))"),
+        "text": f"CASE WHEN instr({value}, char(0)) THEN {text_with_nul} ELSE json_quote({value}) END",
+    }
+    cases = " ".join(f"WHEN '{kind}' THEN {image}" for kind, image in images.items())
+    return f"CASE typeof({value}) {cases} END"
 
 
 _JSON = {POSTGRESQL: _json_postgresql, SQLITE: _json_sqlite}
@@ -157,7 +162,7 @@ _PARTS = 250
 
 
 def _concatenated(parts: Sequence[str]) -> str:
-    """*parts* with commas between them, as a tree: SQLite takes an expression of a thousand levels at most."""
+    """*parts* with commas between them, as a tree: SQLite allows at most 1000 levels in an expression."""
     if len(parts) <= _PARTS:
         return _COMMA.join(parts)
     middle = len(parts) // 2
@@ -165,7 +170,7 @@ def _concatenated(parts: Sequence[str]) -> str:
 
 
 class RowImage(NamedTuple):
-    """A row under one of its names in a trigger: what is logged of it."""
+    """SQL expressions for one row in a trigger."""
 
     key: str
     image: str
@@ -197,7 +202,7 @@ class TableWriter:
         return as_sent(self.dialect.identifier_preparer.format_table(self.captured.table), self.dialect)
 
     def name(self, *moment: str) -> str:
-        """Of the trigger of this *moment*."""
+        """The name of the trigger of this *moment*."""
         return f"memstate_{'_'.join(moment)}_{self.digest}"
 
     @property
@@ -210,7 +215,7 @@ class TableWriter:
         return as_sent(self.dialect.identifier_preparer.quote(name), self.dialect)
 
     def row(self, alias: str, *, old: bool = False) -> RowImage:
-        """What is logged of the row *alias*; *old*: of a transition table, which has no virtual columns."""
+        """The expressions for the row *alias*. *old*: it is in a transition table, which has no virtual columns."""
         criterion = _TRUE[self._columns.database]
         if self.captured.criterion is not None:
             adapted = ClauseAdapter(self.captured.table.alias(alias)).traverse(self.captured.criterion)
@@ -238,18 +243,19 @@ class TableWriter:
         return _JSON[self._columns.database](self._columns, column, f"{row}.{self.quote(column.name)}")
 
     def _require_key(self, column: Column[Any]) -> None:
-        """A key has one form as text, the one that Python gives it."""
+        """Refuse a key column whose text in SQL may differ from the text in Python."""
         kind = self._columns.implementation(column)
         good, is_typed = isinstance(kind, _KEYS), not self._columns.database.has_dynamic_types
         if isinstance(kind, sqltypes.Float):
             good = False
-        elif isinstance(kind, sqltypes.Numeric):  # SQLite keeps it as a float; Python writes 1E-7
+        elif isinstance(kind, sqltypes.Numeric):  # SQLite keeps it as a float, and Python writes 1E-7
             good = is_typed and kind.scale is not None and kind.scale <= 6
         elif isinstance(kind, sqltypes.Time):
             good = not kind.timezone
-        elif isinstance(kind, sqltypes.String):  # in SQLite another key may be the same row
+        elif isinstance(kind, sqltypes.String):  # with another collation, two keys in SQLite may be the same row
             good = is_typed or kind.collation in (None, "BINARY")
         if not good:
             raise MemstateError(
-                f"a trigger cannot log a primary key of {column.type!r} ({column.table.name}.{column.name})"
+                f"Cannot capture {column.table.name} by triggers: they cannot log a primary key of {column.type!r} "
+                f"({column.name}). Track the class with capture='session'."
             )

@@ -1,4 +1,4 @@
-"""SQL as text: the templates in ``sql/``, and how names and values are written into it."""
+"""SQL as text: the templates in ``sql/``, and the literals for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FOR_READERS = "---"
 
 
 class Templates:
-    """The templates of one file, by name. What is filled in is SQL already."""
+    """The templates of one file, by name. Values for their places must be SQL already."""
 
     def __init__(self, source: str) -> None:
         self._by_name: dict[str, list[str]] = {}
@@ -26,11 +26,11 @@ class Templates:
                 lines.append(line)
 
     def block(self, template: str, **places: object) -> str:
-        """A template as it is in the file, without the empty lines around it."""
+        """The template as it is in the file, without the empty lines around it."""
         return "\n".join(self._by_name[template]).strip("\n").format(**places)
 
     def line(self, template: str, **places: object) -> str:
-        """A template with each of its statements on one line."""
+        """The template with each of its statements on one line."""
         lines = [line.strip() for line in self._by_name[template] if line.strip()]
         joined = "".join(line + ("\n" if line.endswith(";") else " ") for line in lines)
         return joined.strip().format(**places)
@@ -38,7 +38,7 @@ class Templates:
 
 @cache
 def templates(database: Database) -> Templates:
-    """The templates for a database."""
+    """The templates for *database*."""
     file = files("memstate_sa.capture") / "sql" / f"{database.name}.sql"
     return Templates(file.read_text(encoding="utf-8"))
 
@@ -49,5 +49,5 @@ def literal(value: str) -> str:
 
 
 def as_sent(compiled: str, dialect: Dialect) -> str:
-    """What SQLAlchemy has *compiled*, as it is sent without parameters: there a percent sign is one."""
+    """*compiled* SQL for sending without parameters: a doubled percent sign becomes a single one."""
     return compiled.replace("%%", "%") if dialect.paramstyle in ("format", "pyformat") else compiled

@@ -1,4 +1,4 @@
-"""The triggers of a tracked table on SQLite: once a row."""
+"""The triggers of a tracked table on SQLite. They run once per row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build(writer: TableWriter) -> Iterator[Trigger]:
     columns = [writer.quote(column.name) for column in writer.logged_columns]
     names = [writer.quote(column.name) for column in writer.keys]
     bodies = {
-        # REPLACE deletes rows without a word, unless recursive_triggers is on.
+        # REPLACE deletes rows without a DELETE trigger, unless recursive_triggers is on.
         ("before", "insert"): ("", body.baseline(row, f"FROM {writer.table} AS r WHERE {body.same_key('NEW')} AND")),
         ("after", "insert"): ("", body.settle("NEW")),
         ("after", "update"): (
@@ -60,15 +60,12 @@ def name_in_catalog(table: Table, _: Dialect) -> str:
 
 
 def dropping(writer: TableWriter) -> list[str]:
-    """Statements that drop the triggers of a table, as far as they are there."""
+    """Statements that drop the triggers of a table, if they exist."""
     return [f"DROP TRIGGER IF EXISTS {writer.name(*moment)}" for moment in _MOMENTS]
 
 
 def _differ(names: list[str]) -> str:
-    """Whether OLD and NEW differ in one of these columns.
-
-    As it is stored: the collation of a column may take different values for the same.
-    """
+    """SQL for "OLD and NEW differ in one of these columns". It compares bytes: a collation may equate two values."""
     return " OR ".join(f"OLD.{name} IS NOT NEW.{name} COLLATE BINARY" for name in names)
 
 
@@ -91,13 +88,13 @@ class _Body:
         return " AND ".join(f"r.{name} IS {alias}.{name}" for name in names)
 
     def baseline(self, row: RowImage, source: str) -> str:
-        """Log what *row* was, if the log has not seen it. *source* is FROM and WHERE."""
+        """Log *row* as a baseline, if the log has no entry of it. *source* is its FROM and WHERE."""
         is_ours = self._is_ours(row.key)
         values = {"key": row.key, "image": row.image, "criterion": row.criterion}
         return _SQL.line("baseline", source=source, is_ours=is_ours, **values, **self._common)
 
     def settle(self, alias: str, when: str = "1") -> str:
-        """Log what has become of the key of *alias*, if the log does not say so already."""
+        """Log the change of the row with the key of *alias*, if its last entry differs."""
         row, key = self._writer.row("r"), self._writer.row(alias).key
         last_op = self._last("op", key)
         from_row = _SQL.line(
@@ -122,7 +119,7 @@ class _Body:
         )
 
     def _is_ours(self, key: str) -> str:
-        """Whether triggers log *key*, and do not leave it to an undo."""
+        """SQL for "triggers log this *key*, and do not leave it to an undo"."""
         return _SQL.line("is_ours", entity=self._writer.entity, key=key)
 
     def _last(self, column: str, key: str) -> str:

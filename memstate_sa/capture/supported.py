@@ -1,4 +1,4 @@
-"""Tables that cannot be tracked where they are: why, and what to do instead."""
+"""The tables that cannot be tracked where they are, with the reason and a way out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from memstate_sa.db.dialects import SQLITE, database_of
 from memstate_sa.errors import MemstateError
 
 _TRANSLATED = (
-    "schema_translate_map is not supported for tracked models. It sends a statement to another table than the one that "
-    "is logged. Use an engine for each schema, with its own search_path."
+    "Cannot use schema_translate_map with tracked models. It sends statements to a table that is not logged. Use an "
+    "engine for each schema, with its own search_path."
 )
 _ATTACHED = (
-    "is in an attached database, which SQLite does not commit together with the log of the main one. Keep the table in "
-    "the main database, or open its file by an engine of its own"
+    "is in an attached database, and SQLite does not commit it together with the log in the main database. Keep the "
+    "table in the main database, or open its file with an engine of its own"
 )
-_VIEW = "is a view, which keeps no rows that could be logged. Track the classes of the tables that it reads"
+_VIEW = "is a view and has no rows of its own to log. Track the classes of the tables that it reads"
 
 
 def require_no_translation(options: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ def require_supported_tables(engine: Engine, tables: Collection[Table]) -> None:
 
 
 def unsupported_tables(inspector: Inspector, tables: Collection[Table]) -> Iterator[tuple[str, str]]:
-    """Those of *tables* that cannot be tracked in this database, by their full names, and the reason."""
+    """The *tables* that cannot be tracked in this database: full name and reason of each."""
     attached: Collection[str | None] = ()
     if database_of(inspector.dialect) is SQLITE:
         attached = {"temp", *inspector.get_schema_names()} - {"main"}

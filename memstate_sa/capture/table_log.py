@@ -1,6 +1,6 @@
-"""`TableLog`: the database makes the images of a class' rows itself, decides what became of them, and logs it.
+"""`TableLog`: the database makes the images of a class' rows itself, compares them with the log, and logs changes.
 
-By the SQL with which triggers write a row, so that both captures agree.
+It uses the same SQL for images as the triggers, so that both kinds of capture agree.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from memstate_sa.tracking.tracked import Tracked
 
 
 class TableLog:
-    """The statements by which the database logs the rows of one class."""
+    """The SQL statements that log the rows of one class."""
 
     def __init__(self, tracked: Tracked, columns: TableColumns, dialect: Dialect) -> None:
-        """Raises MemstateError where SQL cannot write a row, or its key."""
+        """Raises MemstateError when SQL cannot write the image or the key of a row."""
         key, image, tables, table = _row(tracked, dialect)
         adapter = ClauseAdapter(table)
         by_key = adapter.traverse(columns.key_in)
@@ -67,7 +67,7 @@ class TableLog:
         self._logging: dict[Kind, Any] = {}
 
     def look(self, connection: Connection, keys: Sequence[RawKey]) -> list[Look]:
-        """One statement for each batch."""
+        """The rows of *keys* before they change, read by one statement for each batch."""
         looks: list[Look] = []
         for batch in batches(keys):
             looks += self._looks_of_batch(connection, batch)
@@ -83,11 +83,11 @@ class TableLog:
 
     def images(self, connection: Connection, keys: Sequence[RawKey]) -> dict[str, Image]:
         parameters = map(self._columns.key_parameters, batches(keys))
-        return {key: json.loads(image) for each in parameters for key, image in connection.execute(self._rows, each)}
+        return {key: json.loads(image) for batch in parameters for key, image in connection.execute(self._rows, batch)}
 
     def count(self, connection: Connection, keys: Sequence[RawKey]) -> int:
         parameters = map(self._columns.key_parameters, batches(keys))
-        return sum(connection.execute(self._count, each).scalar_one() for each in parameters)
+        return sum(connection.execute(self._count, batch).scalar_one() for batch in parameters)
 
     def log(self, connection: Connection, header: Header, look: Look, *, new: bool) -> Logged:
         self._require_short(look.keys)
@@ -113,13 +113,13 @@ class TableLog:
             return Logged(len(entries), entries)
         if self._columns.database.has_writing_ctes or not result.rowcount:
             return Logged(result.rowcount)
-        # SQLite has no INSERT within another. Nobody else writes: the ids of the entries follow each other.
+        # SQLite has no INSERT within another statement. It has one writer, so the ids of the entries are consecutive.
         ids = {"first": result.lastrowid - result.rowcount + 1, "last": result.lastrowid}
         count = connection.execute(marking_logged, ids).rowcount
         return Logged(count, self._entries(connection.execute(reading_logged, ids)) if self._tracked.is_checked else ())
 
     def _require_short(self, keys: Sequence[RawKey]) -> None:
-        """Raise MemstateError where a key is too long for an index of ours."""
+        """Raise MemstateError if a key is too long for our database indexes."""
         for key in keys if self._has_texts else ():
             if sum(len(part) for part in key if isinstance(part, (str, bytes))) > _KEY_CHARS:
                 self._columns.encode_key(key)
@@ -136,21 +136,21 @@ class TableLog:
 
 
 _LACKS_OP = re.compile(r'memstate_log\.op|"op".*memstate_log')
-"""What a driver says where `Kind.remembered` finds no entry."""
+"""The driver's message when a `Kind.remembered` statement finds no entry."""
 
-_KEY_CHARS = MAX_KEY_CHARS // 6  # of which JSON makes no more than that
+_KEY_CHARS = MAX_KEY_CHARS // 6  # JSON writes one character as six at most
 _CHARS = 64_000_000
-"""Of images in one parameter. PostgreSQL takes JSONB of 256 MB."""
+"""The most characters of images in one parameter. PostgreSQL takes JSONB of up to 256 MB."""
 
 
 def class_log(tracked: Tracked, connection: Connection) -> ClassLog:
-    """How rows of *tracked* are logged on *connection*."""
+    """The `ClassLog` for rows of *tracked* on *connection*."""
     columns, dialect = tracked.columns_for(connection.dialect), connection.dialect
     try:
         table_log = TableLog(tracked, columns, dialect)
     except (MemstateError, CompileError):
         return ReadLog(tracked, columns)
-    is_right = all(_is_stored_as_declared(connection, each) for each in columns.of_table.values())
+    is_right = all(_is_stored_as_declared(connection, of_table) for of_table in columns.of_table.values())
     return table_log if is_right else ReadLog(tracked, columns)
 
 
@@ -161,9 +161,9 @@ _types = text(
 
 
 def _is_stored_as_declared(connection: Connection, columns: TableColumns) -> bool:
-    """Whether the columns have the types for which the SQL of an image is made."""
+    """Whether the columns have the types that the SQL of an image expects."""
     if columns.database.has_dynamic_types:
-        return True  # the SQL goes by the value
+        return True  # the SQL looks at each value's own type
     name = as_sent(connection.dialect.identifier_preparer.format_table(columns.table), connection.dialect)
     stored: dict[str, str] = {row[0]: row[1] for row in connection.execute(_types, {"name": name})}
     declared = {name: stored_as(columns.implementation(column)) for name, column in columns.by_name.items()}
@@ -175,9 +175,9 @@ def _keys(table: Table, alias: NamedFromClause[Any]) -> list[Any]:
 
 
 def _row(tracked: Tracked, dialect: Dialect) -> tuple[str, str, FromClause, NamedFromClause[Any]]:
-    """The key and the image of a row, in SQL; the tables that it is in, and the first of them.
+    """The key and the image of a row in SQL, its joined tables, and the first of them.
 
-    As `JoinedColumns` has it: a row may lack those tables that are of subclasses.
+    As in `JoinedColumns`, a row may be missing from the tables of subclasses.
     """
     first = tracked.table.alias(ROW)
     tables: FromClause = first

@@ -1,4 +1,4 @@
-"""The open transactions of Sessions, and the flush that each of them is in."""
+"""The open transactions of Sessions, and their running flushes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 
 class _WeakReference:
-    """An attribute that keeps nothing alive: a Session that was dropped gives its connection back to the pool."""
+    """An attribute that does not keep its value alive. A dropped Session gives its connection back to the pool."""
 
     def __set_name__(self, owner: type[Any], name: str) -> None:
         self._name = f"_{name}"
@@ -36,12 +36,12 @@ class _WeakReference:
 class Status(Enum):
     """How far a transaction has come.
 
-    - OPEN → LOGGED: it logs its first entry, or triggers have logged one.
-    - LOGGED → COMMITTING: its header and the indexes are written; its COMMIT comes next, or the flush before it.
+    - OPEN → LOGGED: the first entry is logged, by us or by a trigger.
+    - LOGGED → COMMITTING: the header is written. Next comes the COMMIT, or the flush before it.
     - COMMITTING → LOGGED: the COMMIT failed, or a SAVEPOINT or a flush was rolled back.
-    - LOGGED → OPEN: `OpenTransaction.back_to`, when the entries that made it LOGGED are rolled back.
+    - LOGGED → OPEN: all entries are rolled back (`OpenTransaction.back_to`).
 
-    The transaction is forgotten when it has ended, so there is no status for that.
+    A transaction that has ended is forgotten, so it has no status.
     """
 
     OPEN = "open"
@@ -51,7 +51,7 @@ class Status(Enum):
 
 @dataclass
 class OpenTransaction:
-    """What we know of one Session's open transaction."""
+    """The open transaction of one Session."""
 
     tx: str = field(default_factory=new_tx)
     actor: str | None = None
@@ -60,17 +60,17 @@ class OpenTransaction:
     step: bool = True  # whether undo counts this transaction
     status: Status = Status.OPEN
     flush: Flush | None = None
-    own_writes: int = 0  # how many `writing` blocks are open
-    seal: Callable[[OpenTransaction], None] | None = None  # once its commit has begun
-    has_header: bool = False  # its labels are written; no rollback takes them back but that of the whole transaction
-    has_intents: bool = False  # an index may hold what is not committed yet
-    txs: dict[str, None] = field(default_factory=dict)  # it logged under these, an undo's own among them, in order
-    seen: dict[KnownKey, str] = field(default_factory=dict)  # keys that the log has: to be remembered
+    own_writes: int = 0  # the number of open `writing` blocks
+    seal: Callable[[OpenTransaction], None] | None = None  # set once its commit has begun
+    has_header: bool = False  # its labels are written, and survive until the whole transaction is rolled back
+    has_intents: bool = False  # an index may hold uncommitted points
+    txs: dict[str, None] = field(default_factory=dict)  # it logged under these, undos included, in order
+    seen: dict[KnownKey, str] = field(default_factory=dict)  # keys with entries: remember them after the commit
     connections: WeakSet[Connection] = field(default_factory=WeakSet)
-    trigger_connections: WeakSet[Connection] = field(default_factory=WeakSet)  # to databases with triggers of ours
-    context_on: _WeakReference = _WeakReference()  # the Connection where the trigger context names it, or named it
+    trigger_connections: WeakSet[Connection] = field(default_factory=WeakSet)  # to databases with our triggers
+    context_on: _WeakReference = _WeakReference()  # the Connection whose trigger context names it, or named it
     written_on: _WeakReference = _WeakReference()  # the Connection where its entries are logged
-    statement_on: _WeakReference = _WeakReference()  # the Connection whose rows are logged of a statement that runs
+    statement_on: _WeakReference = _WeakReference()  # the Connection of a running bulk statement whose rows are logged
 
     @property
     def labels(self) -> dict[str, str | None]:
@@ -78,12 +78,12 @@ class OpenTransaction:
 
     @property
     def is_logged(self) -> bool:
-        """Whether the log has an entry of it."""
+        """Whether the log has an entry of this transaction."""
         return self.status is not Status.OPEN
 
     @property
     def logged_under(self) -> list[str]:
-        """The transactions that its entries are of, the last one last."""
+        """The `tx` values of its entries, the newest last."""
         return list(self.txs if self.context_on is None else {self.tx: None, **self.txs})
 
     def note_entries(self, connection: Connection, tx: str) -> None:
@@ -97,7 +97,7 @@ class OpenTransaction:
 
     @property
     def mark(self) -> tuple[Status, Connection | None, dict[str, None]]:
-        """The state that `back_to` takes when the entries logged since are rolled back."""
+        """The state to hand to `back_to` when later entries are rolled back."""
         return self.status, self.written_on, dict(self.txs)
 
     def back_to(self, mark: tuple[Status, Connection | None, dict[str, None]]) -> None:
@@ -105,7 +105,7 @@ class OpenTransaction:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Statements in here are ours: the guard lets them pass."""
+        """Mark the statements in this block as ours, so that the guard lets them pass."""
         self.own_writes += 1
         try:
             yield
@@ -115,56 +115,54 @@ class OpenTransaction:
 
 @dataclass
 class Flush:
-    """What one flush touches, while it runs."""
+    """A running flush, and the rows that it touches."""
 
     transaction: OpenTransaction
-    # Of SQLAlchemy, and the Session's; another listener's error leaves a Flush behind.
+    # SQLAlchemy's UOWTransaction. A weak reference, because an error of another listener leaves this Flush behind.
     context: _WeakReference = _WeakReference()
-    inserted: list[Any] = field(default_factory=list)  # states of objects
-    updated: list[Any] = field(default_factory=list)  # the same; no UPDATE may have been sent for some
+    inserted: list[Any] = field(default_factory=list)  # InstanceStates
+    updated: list[Any] = field(default_factory=list)  # InstanceStates; some may have needed no UPDATE
     checked: bool = False
-    within: int = 0  # the `own_writes` around it: a listener may flush while a statement of ours runs
-    # Identities of rows that may change, until a statement is about to change their tables; the rows as they were then.
-    unseen: dict[Tracked, list[Any]] = field(default_factory=dict)
-    looks: dict[Tracked, list[Look]] = field(default_factory=dict)
+    within: int = 0  # the `own_writes` around it, because a listener may flush while our own statement runs
+    unseen: dict[Tracked, list[Any]] = field(default_factory=dict)  # identities of rows that still need a look
+    looks: dict[Tracked, list[Look]] = field(default_factory=dict)  # the rows before their change
     written_on: _WeakReference = _WeakReference()  # the Connection of its statements on tracked tables
-    look: Callable[[Connection, Flush, Table], None] | None = None  # at the rows of a table that are `unseen`
-
-    # Of facts in several tables: their identities, by whether they are to go, until their first rows are locked.
+    look: Callable[[Connection, Flush, Table], None] | None = None  # looks at the `unseen` rows of a table
+    # Identities of facts in several tables, by class and "is deleted", until their first rows are locked.
     parts: dict[tuple[Tracked, bool], list[Any]] = field(default_factory=dict)
 
     def before_change(self, connection: Connection, table: Table) -> None:
-        """The unit of work is about to change, or delete, rows of *table*."""
+        """Look at rows of *table* before the unit of work changes or deletes them."""
         if self.look is not None and (self.unseen or not self.checked):
             self.look(connection, self, table)
 
 
 class OpenTransactions:
-    """The open transactions of the Sessions of one Memory. It keeps no Session and no connection alive."""
+    """The open transactions of the Sessions of one Memory. They keep no Session and no connection alive."""
 
     def __init__(self) -> None:
         self._by_session: WeakKeyDictionary[Session, OpenTransaction] = WeakKeyDictionary()
-        # By reference: a transaction has its connections, and would keep the key of its own item alive.
+        # Weak references, because a transaction refers to its connections, which are the keys here.
         self._by_connection: WeakKeyDictionary[Connection, list[ref[OpenTransaction]]] = WeakKeyDictionary()
 
     def of(self, session: Session) -> OpenTransaction:
-        """The transaction of *session*, which begins here if it has none."""
+        """The transaction of *session*. It begins here if the Session has none."""
         transaction = self._by_session.get(session)
         if transaction is None:
             transaction = self._by_session[session] = OpenTransaction()
         return transaction
 
     def find(self, session: Session) -> OpenTransaction | None:
-        """The transaction that *session* has open, or None."""
+        """The open transaction of *session*, or None."""
         return self._by_session.get(session)
 
     def on(self, connection: Connection) -> list[OpenTransaction]:
-        """The transactions that *connection* serves now. A Session that was dropped has none any more."""
+        """The transactions that *connection* serves now, without those of dropped Sessions."""
         references = self._by_connection.get(connection, ())
         return [transaction for reference in references if (transaction := reference()) is not None]
 
     def add_connection(self, transaction: OpenTransaction, connection: Connection) -> bool:
-        """Note that *transaction* is on *connection*, which several Sessions may share. False if it is known."""
+        """Note that *transaction* uses *connection*, which several Sessions may share. False if this is known."""
         if connection in transaction.connections:
             return False
         transaction.connections.add(connection)
@@ -172,7 +170,7 @@ class OpenTransactions:
         return True
 
     def remove(self, session: Session) -> OpenTransaction | None:
-        """Forget the transaction of *session*, which has ended."""
+        """Forget the ended transaction of *session*, and return it."""
         transaction = self._by_session.pop(session, None)
         for connection in () if transaction is None else transaction.connections:
             others = (other for other in self.on(connection) if other is not transaction)

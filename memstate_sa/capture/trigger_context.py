@@ -1,7 +1,7 @@
-"""The trigger context: what triggers know of the transaction that writes.
+"""The trigger context tells triggers which transaction writes.
 
-A Session sets it, so that its actor, reason and session_id belong to what triggers log. On PostgreSQL it is in settings
-of the transaction. On SQLite it is in a table, which is empty outside of a transaction.
+A Session sets it, so that its actor, reason and session_id also label the entries of triggers. On PostgreSQL it is in
+settings of the transaction. On SQLite it is in a table, which is empty outside of a transaction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import log, trigger_context
 
 SKIP = "skip {}"
-"""The name of a fact that triggers leave to an undo, by its entity and key."""
+"""The name in the context for a fact (entity and key) that triggers leave to an undo."""
 
 _READS = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "SHOW", "SET")
 _DEFINES = ("CREATE", "ALTER", "DROP")
@@ -32,7 +32,7 @@ _logged: Mapping[Database, Executable] = {
     SQLITE: select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists()),
     POSTGRESQL: text(
         "SELECT CASE WHEN position(:tx IN coalesce(current_setting('memstate.logged', true), '')) > 0 THEN true "
-        # Triggers of an earlier version do not say so.
+        # Triggers of an earlier version do not set memstate.logged.
         "WHEN current_setting('transaction_isolation') = 'serializable' THEN false "
         "ELSE EXISTS (SELECT FROM memstate_log WHERE tx = :tx) END"
     ),
@@ -40,21 +40,21 @@ _logged: Mapping[Database, Executable] = {
 
 
 def may_write(statement: str) -> bool:
-    """Whether *statement* may write, by its first word. A SELECT of a function that writes is taken for a reader."""
+    """Whether *statement* may write, judged by its first word. A SELECT counts as a read, even if it calls a writer."""
     return not statement.lstrip()[:9].upper().startswith((*_READS, *_DEFINES))
 
 
 def set_trigger_context(connection: Connection, tx: str, *, counts: bool = True) -> None:
-    """Have triggers log under the transaction *tx* from now on, which *counts* for rollback, or not."""
+    """Make triggers log under the transaction *tx* from now on. *counts*: undo counts it as a step."""
     off = "off" if database_of(connection).has_transaction_settings else "0"
     _set(connection, {"tx": tx} if counts else {"tx": tx, "step": off})
 
 
 def set_undo_context(connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> None:
-    """Have triggers log under the undo *tx*, which is no step, all but *facts*: the undo logs these itself."""
+    """Make triggers log under the undo *tx*, which is no step. They leave out *facts*, which the undo logs itself."""
     names = [SKIP.format("".join(fact)) for fact in facts]
     if database_of(connection).has_transaction_settings:
-        # In rows, which are looked up: a list in a setting would be read again for every row that is restored.
+        # As rows, because a list in a setting would be read again for every restored row.
         connection.execute(insert(trigger_context).from_select(["name"], _names), {"names": as_array(names)})
         _set(connection, {"tx": tx, "step": "off", "skip": "on"})
     else:
@@ -62,7 +62,7 @@ def set_undo_context(connection: Connection, tx: str, facts: Collection[tuple[st
 
 
 def clear_trigger_context(connection: Connection) -> None:
-    """Have triggers know of no transaction. Rows of the context have to be gone before a COMMIT."""
+    """Clear the trigger context. On SQLite this must happen before a COMMIT."""
     if database_of(connection).has_transaction_settings:
         _set(connection, dict.fromkeys(("tx", "step", "skip"), ""))
     connection.execute(_clear)
@@ -82,10 +82,10 @@ def have_logged(connection: Connection, tx: str) -> bool:
 
 
 class TriggerContexts:
-    """The transactions that the trigger contexts of connections name, as far as the Sessions of one Memory set them."""
+    """The trigger contexts that the Sessions of one Memory have set on their connections."""
 
     def __init__(self) -> None:
-        # By connection: its transaction, or "" where a SAVEPOINT may have taken the context back.
+        # The tx by connection, or "" when a SAVEPOINT may have taken the context back.
         self._txs: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()
         self.engine_listeners: dict[str, Callable[..., None]] = {
             "commit": self._before_connection_commits,
@@ -94,7 +94,7 @@ class TriggerContexts:
         }
 
     def name_transaction(self, connection: Connection, transactions: Sequence[OpenTransaction]) -> None:
-        """Name the transaction that is about to write: of *transactions*, the one that is in a flush, or the last."""
+        """Set the context to the transaction that is about to write: the one in a flush, or the last one."""
         if not transactions:
             return
         in_a_flush = (transaction for transaction in transactions if transaction.flush is not None)
@@ -109,9 +109,9 @@ class TriggerContexts:
 
     @contextmanager
     def undoing(self, connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> Iterator[None]:
-        """Have triggers leave *facts* to the undo *tx*, which logs them; they log what follows from them as its part.
+        """Make triggers leave *facts* to the undo *tx* in this block, and log all other changes under that *tx*.
 
-        A SAVEPOINT that rolls back ends it.
+        A SAVEPOINT that rolls back ends this too.
         """
         self._txs[connection] = tx
         set_undo_context(connection, tx, facts)
@@ -120,13 +120,13 @@ class TriggerContexts:
         self._txs[connection] = ""
 
     def _before_connection_commits(self, connection: Connection) -> None:
-        """Clear the context, whoever commits: on SQLite, others would find it."""
+        """Clear the context before any COMMIT: on SQLite, other connections would read it."""
         is_named = self._txs.pop(connection, None) is not None
         if is_named and not database_of(connection).has_transaction_settings:
             clear_trigger_context(connection)
 
     def _after_savepoint_rollback(self, connection: Connection, *_: Any) -> None:
-        """The context goes with a SAVEPOINT in which it was set."""
+        """Forget the context: it is gone if it was set within the SAVEPOINT."""
         if connection in self._txs:
             self._txs[connection] = ""
 

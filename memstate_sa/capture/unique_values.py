@@ -1,7 +1,6 @@
-"""The table of unique values: whether it has what the rows say, and how it comes to have it.
+"""The table of unique values: its differences from the rows, and how to mend them.
 
-A flush keeps it in step, of the rows that it writes. It does not know of older rows when ``unique_by`` is new, or is
-another than it was.
+A flush keeps it in step for the rows that it writes. Older rows are missing there when ``unique_by`` is new or changed.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ from memstate_sa.tracking.tracked import Tracked, unique_value
 
 
 class Differences(NamedTuple):
-    """``missing``: values that no row has been given, by key. ``stale``: what rows were given that they have no longer.
+    """The differences between rows and the table of unique values.
 
-    ``shared``: keys of rows whose value another row was given.
+    - ``missing``: values of rows, by key, that the table lacks.
+    - ``stale``: pairs (value, key) in the table that no row has any more.
+    - ``shared``: keys of rows whose value the table has for another row.
     """
 
     missing: dict[str, str]
@@ -31,19 +32,19 @@ class Differences(NamedTuple):
 
     @property
     def keys(self) -> set[str]:
-        """Those of rows that would be given something else."""
+        """The keys of rows whose value in the table must change."""
         return {*self.missing, *(key for _, key in self.stale)}
 
 
 def values_of(connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> dict[str, str]:
-    """The value of each of *images*, by key; a row may have none."""
+    """The unique values of *images*, by key. A row may have none."""
     columns = tracked.columns_for(connection.dialect)
     values = ((key, unique_value(tracked, columns.values(dict(image)))) for key, image in images.items())
     return {key: value for key, value in values if value is not None}
 
 
 def differences(connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> Differences:
-    """How the table of unique values differs from *images*, all those of the rows that are there."""
+    """The differences between the table of unique values and *images*, which has all existing rows of its keys."""
     values = values_of(connection, tracked, images)
     table_rows = _table_rows(connection, tracked, images, values.values())
     other_keys = [decode_key(key) for _, key in table_rows if key not in images]
@@ -59,7 +60,7 @@ def differences(connection: Connection, tracked: Tracked, images: Mapping[str, I
 
 
 def _is_stale(tracked: Tracked, value: str, now: str | None, *, is_living: bool) -> bool:
-    """A function that finds no value may know less than the one that found this: then it stays."""
+    """Whether *value* no longer fits its row. When a function gives no value for the row now, the old one stays."""
     if now is None and is_living:
         return bool(tracked.unique_names)
     return now != value
@@ -68,7 +69,7 @@ def _is_stale(tracked: Tracked, value: str, now: str | None, *, is_living: bool)
 def _table_rows(
     connection: Connection, tracked: Tracked, keys: Iterable[str], values: Iterable[str]
 ) -> list[tuple[str, str]]:
-    """The rows (value, key) of the table that are of these *keys*, or that have one of these *values*."""
+    """The rows (value, key) of the table with one of these *keys* or *values*."""
     of_class = select(unique.c.value, unique.c.key).where(unique.c.entity == tracked.entity)
     rows: dict[tuple[str, str], None] = {}
     for column, parts in ((unique.c.key, list(keys)), (unique.c.value, list(values))):
@@ -78,17 +79,17 @@ def _table_rows(
 
 
 def give(connection: Connection, tracked: Tracked, values: Mapping[str, str]) -> list[str]:
-    """Give rows their *values*, by key, where nobody has them. Returns the keys of those that got none."""
+    """Give rows their *values*, by key, if no other row has them. Returns the keys of rows that got none."""
     rows = [{"entity": tracked.entity, "value": value, "key": key} for key, value in values.items()]
     if not rows:
         return []
     new = database_of(connection).upsert(unique).on_conflict_do_nothing().returning(unique.c.key)
-    having = set(connection.scalars(new, rows))
-    return [key for key in values if key not in having]
+    new_keys = set(connection.scalars(new, rows))
+    return [key for key in values if key not in new_keys]
 
 
 def take(connection: Connection, tracked: Tracked, stale: Collection[tuple[str, str]]) -> None:
-    """Take values from rows that do not have them any more."""
+    """Remove *stale* values (value, key) from the table."""
     for batch in batches(list(stale), READ_CHUNK):
         is_stale = tuple_(unique.c.value, unique.c.key).in_(batch)
         connection.execute(delete(unique).where(unique.c.entity == tracked.entity, is_stale))
@@ -108,7 +109,7 @@ _page = (
 def of_no_row(
     connection: Connection, tracked: Tracked, after: tuple[str, str]
 ) -> tuple[list[tuple[str, str]], tuple[str, str] | None]:
-    """A page of the table after a (value, key): what is there of rows that are gone, and where to go on."""
+    """The pairs (value, key) of deleted rows in a page of the table, and the pair to continue *after*."""
     parameters = {"entity": tracked.entity, "value": after[0], "key": after[1]}
     page: Sequence[tuple[Any, Any]] = [(value, key) for value, key in connection.execute(_page, parameters)]
     images = tracked.columns_for(connection.dialect).read(

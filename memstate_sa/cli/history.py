@@ -107,6 +107,8 @@ def rollback(
     memstate-sa rollback --actor ana --dry-run       only show ana's last one
     memstate-sa rollback --to 2026-03-01T12:00       everything since noon
     """
+    if tx is not None and to is not None:
+        raise typer.BadParameter("Give --tx or --to, not both.", param_hint="--tx")
 
     def undo(memory: Memory, session: Session, *, dry_run: bool) -> Revocation:
         from memstate_sa.undo.undo import Revocation
@@ -146,6 +148,8 @@ def revoke(
     memstate-sa revoke --session-id run-17
     memstate-sa revoke --actor importer --on-conflict force --yes
     """
+    if session_id is None and actor is None and not tx:
+        raise typer.BadParameter("Give one of them, to say whose changes.", param_hint="--actor, --session-id or --tx")
 
     def undo(memory: Memory, session: Session, *, dry_run: bool) -> Revocation:
         return memory.revoke(

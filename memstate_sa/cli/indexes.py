@@ -35,11 +35,13 @@ def reindex(
                     embedder={"memory": old_embedder, "memory_v2": new_embedder},
                     successors={"memory": "memory_v2"})
 
-    1. Deploy this Memory everywhere.
-    2. memstate-sa reindex
-    3. Deploy a Memory with the new index alone.
-    4. memstate-sa forget-index memory
-       Then delete the old index with its own tools.
+    Deploy this Memory everywhere. Then run:
+
+    memstate-sa reindex
+
+    Then deploy a Memory with the new index alone, and forget the old one:
+
+    memstate-sa forget-index memory
     """
     with open_memory(app, url) as (memory, engine):
         if index is not None and index not in memory.indexes:

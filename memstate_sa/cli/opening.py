@@ -131,8 +131,9 @@ def _memory_of(path: str, target: Any) -> Memory:
         hint = f"Did you mean {' or '.join(names)}?"
     else:
         hint = "Name one at the top level of your module, for example memory = Memory(…)."
-    kind = "class" if inspect.isclass(target) else "function" if callable(target) else type(target).__name__
-    raise typer.BadParameter(f"{path} is not a Memory or a MemoryStore (but a {kind}). {hint}", param_hint="--app")
+    kind = "it is a class" if inspect.isclass(target) else "it is a function" if callable(target) else None
+    kind = kind or f"its type is {type(target).__name__}"
+    raise typer.BadParameter(f"{path} is not a Memory or a MemoryStore ({kind}). {hint}", param_hint="--app")
 
 
 def _memory_names(module: ModuleType) -> list[str]:

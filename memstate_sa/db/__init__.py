@@ -1,1 +1,1 @@
-"""Speaking SQL: tables, rows, statements, engines, on PostgreSQL and SQLite. Nothing here knows facts."""
+"""SQL on PostgreSQL and SQLite: tables, rows, statements and engines. This folder does not know facts."""

@@ -1,4 +1,4 @@
-"""Tables of ours that an older version created: they get the name of today, and the columns and indexes they lack."""
+"""Upgrades of our tables from an older version: their current names, and missing columns and indexes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sqlalchemy.schema import CreateColumn
 from memstate_sa.db.tables import trigger_context
 
 RENAMED = {"memstate_current": trigger_context}
-"""Tables by the names that they had in older versions."""
+"""Tables by their names in older versions."""
 
 
 class Lacking(NamedTuple):
-    """What tables that are there lack. `metadata.create_all` leaves them as they are."""
+    """The missing parts of existing tables. `metadata.create_all` does not add them."""
 
     columns: list[Column[object]]
     indexes: list[Index]
@@ -39,10 +39,10 @@ def amend(connection: Connection, lacks: Lacking) -> None:
         table = dialect.identifier_preparer.format_table(column.table)
         added = CreateColumn(column).compile(dialect=dialect)
         connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {added}")
-    for index in sorted(lacks.indexes, key=lambda each: str(each.name)):
+    for index in sorted(lacks.indexes, key=lambda index: str(index.name)):
         index.create(connection)
 
 
 def old_names(names: Sequence[str], tables: Sequence[Table]) -> list[str]:
-    """Those of *names* under which an older version created one of *tables*."""
+    """The *names* under which an older version created one of *tables*."""
     return [name for name, table in RENAMED.items() if name in names and table in tables]

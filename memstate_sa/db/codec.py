@@ -1,7 +1,7 @@
 """Stored column values as JSON and back, exactly.
 
-Images and keys hold what the *driver* reads, so that no user type runs during capture. JSONB refuses NUL in strings,
-does not know NaN, and rewrites floats; what plain JSON on either database cannot carry is tagged: ``{"$bytes": "…"}``.
+Images and keys hold the values that the *driver* reads, so that no user type runs during capture. JSONB refuses NUL in
+strings, does not know NaN, and rewrites floats. Such values get a tag: ``{"$bytes": "…"}``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def by_entity(facts: Iterable[FactKey]) -> dict[str, list[str]]:
 
 
 def _datetime(value: datetime) -> dict[str, str]:
-    # An aware value shows the offset of the connection that read it; the instant is what is stored.
+    # The offset of an aware value depends on the connection that read it. The database stores only the instant.
     return {"$datetime": (value if value.tzinfo is None else value.astimezone(UTC)).isoformat()}
 
 
 def _float(value: float) -> float | dict[str, str]:
-    # JSONB keeps numbers as numeric: 1e300 comes back as an int of other precision, -0.0 as 0.0, and NaN is refused.
+    # JSONB stores numbers as numeric: 1e300 comes back as an int, -0.0 as 0.0, and NaN is refused.
     if math.isfinite(value) and 1e-4 <= abs(value) < 1e15:
         return value
     return {"$float": repr(value)}
@@ -59,7 +59,7 @@ _TAGGERS: dict[type, Callable[[Any], Any]] = {
     int: lambda value: value,
     str: _str,
     float: _float,
-    bytes: lambda value: {"$bytes": value.hex()},  # which triggers can write, on both databases
+    bytes: lambda value: {"$bytes": value.hex()},  # hex, because triggers on both databases can write it
     memoryview: lambda value: {"$bytes": value.hex()},
     Decimal: lambda value: {"$decimal": str(value)},
     UUID: lambda value: {"$uuid": value.hex},
@@ -87,21 +87,21 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 
 
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-"""JSON in the one form that keys are compared in."""
+"""Writes JSON in the canonical form, so that equal keys are equal texts."""
 
 
 def encode(value: Any) -> Any:
-    """*value* as JSON. Raises TypeError for a Python type that no database driver we know reads."""
+    """*value* as JSON. Raises TypeError for an unknown Python type."""
     tagger = _TAGGERS.get(type(value))
     if tagger is None:
         tagger = next((_TAGGERS[base] for base in type(value).__mro__ if base in _TAGGERS), None)
         if tagger is None:
-            raise TypeError(f"cannot keep a {type(value).__name__} in the log")
+            raise TypeError(f"The log cannot hold a {type(value).__name__}.")
     return tagger(value)
 
 
 def decode(data: Any) -> Any:
-    """The value that `encode` was given."""
+    """The value that `encode` encoded."""
     if isinstance(data, dict):
         ((tag, inner),) = data.items()
         return _READERS[tag](inner)
@@ -111,7 +111,7 @@ def decode(data: Any) -> Any:
 
 
 def encode_image(names: Sequence[str], values: Iterable[Any]) -> dict[str, Any]:
-    """A row as it goes into the log."""
+    """The image of a row with these *names* and *values*."""
     return {
         name: value
         if (kind := type(value)) is int or value is None or (kind is str and value.isprintable())
@@ -125,7 +125,7 @@ def decode_image(image: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode_key(values: Sequence[Any]) -> str:
-    """Primary key values as the canonical text that identifies a fact in every table of ours."""
+    """The canonical text of primary key values. It identifies a fact in all our tables."""
     if len(values) == 1 and type(values[0]) is int:
         return f"[{values[0]}]"
     return to_json([encode(value) for value in values])
@@ -136,12 +136,12 @@ def decode_key(key: str) -> tuple[Any, ...]:
         return (int(key[1:-1]),)
     values = json.loads(key)
     if not isinstance(values, list):
-        raise ValueError("a key is a JSON array")  # noqa: TRY004  # so is what json.loads raises
+        raise ValueError("A key must be a JSON array.")  # noqa: TRY004  # json.loads raises a ValueError too
     return tuple(map(decode, values))
 
 
 def decoded(key: str) -> tuple[Any, ...] | None:
-    """The values of *key*; None when the text is no key at all."""
+    """The values of *key*, or None when the text is not a key."""
     try:
         return decode_key(key)
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
@@ -149,12 +149,12 @@ def decoded(key: str) -> tuple[Any, ...] | None:
 
 
 def normalized(data: Any) -> Any:
-    """An encoded value in the form of `encode`: a database writes floats in another one."""
+    """An encoded value in the form of `encode`. Databases write floats differently."""
     return encode(decode(data)) if isinstance(data, dict) else data
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two encoded values are one, which a database may have encoded in another form than Python."""
+    """Whether two encoded values are equal. A database may have encoded one in another form than Python."""
     return bool(one == other) or _equal(decode(one), decode(other))
 
 
@@ -165,7 +165,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def differ(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    """Whether two images are of different rows. One of them may lack a column, which was added or dropped since."""
+    """Whether two images differ. A column that only one of them has was added or dropped, and does not count."""
     if one is None or other is None:
         return one is not other
     return not all(same(one[name], other[name]) for name in one.keys() & other.keys())

@@ -1,4 +1,4 @@
-"""Tables of ours, made by one process at a time: workers that start together all find, or make, them."""
+"""The creation of our tables. One process at a time creates them, so that workers can start together."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from memstate_sa.db.tables import metadata
 
 @contextmanager
 def creating(engine: Engine) -> Iterator[Connection]:
-    """A transaction in which no other process creates anything of ours."""
+    """A transaction during which no other process creates our tables."""
     database = database_of(engine)
     with engine.connect() as connection:
-        # Whatever the engine's own: what the process before has made is to be seen, and undone as a whole.
+        # Not the engine's own level: this must see the tables of another process, and be undone as a whole.
         connection.execution_options(**database.isolation("READ COMMITTED"))
         with connection.begin():
             database.lock_creation(connection)
@@ -28,10 +28,10 @@ def creating(engine: Engine) -> Iterator[Connection]:
 def create(
     engine: Engine, tables: Sequence[Table] | None = None, install: Callable[[Connection], None] | None = None
 ) -> None:
-    """Create what of *tables* (default: all of memstate_sa) is not there yet, then *install* what belongs to them.
+    """Create the missing *tables* (default: all of memstate_sa), then call *install* to add triggers.
 
-    Tables of an older version get the name of today, and the columns and indexes that they lack. Where there is
-    one writer, it is locked out only if something is missing. A worker that starts would else wait for it.
+    Tables of an older version get their current names, and the columns and indexes that they lack. On a database with
+    one writer, the write lock is taken only if something is missing. Otherwise each starting worker would wait for it.
     """
     if tables is None:
         tables = metadata.sorted_tables
@@ -41,7 +41,7 @@ def create(
         return
     alone = not is_whole or not database.has_one_writer
     with creating(engine) if alone else engine.begin() as connection:
-        if not is_whole:  # looked at again, now alone
+        if not is_whole:  # look again: another process may have created some before we got the lock
             for name in old_names(inspect(connection).get_table_names(), tables):
                 database.rename_table(connection, name, RENAMED[name])
             names = inspect(connection).get_table_names()

@@ -1,6 +1,6 @@
-"""The databases that memstate_sa works with. The name of a dialect is looked at here, and nowhere else.
+"""The databases that memstate_sa works with. Only this module reads the name of a dialect.
 
-A small difference is a method of `Database`. A caller that takes another way on one database asks for a capability.
+A small difference is a method of `Database`. A caller whose algorithm depends on the database checks a capability.
 A module of a higher folder keeps its own differences in a mapping by `POSTGRESQL` and `SQLITE`.
 """
 
@@ -26,10 +26,10 @@ class Database(Protocol):
 
     name: str
     blocking_driver: str
-    """The driver for threads, as a URL names it."""
+    """The name of the driver for threads, as in a URL."""
 
     has_one_writer: bool
-    """Transactions write one after the other: ids are in the order of commits, and no rows need to be locked."""
+    """Transactions write one after the other. So ids are in the order of commits, and rows need no locks."""
     runs_in_process: bool
     """The database is a library in this process. There is no server, so no roles and no NOTIFY."""
     has_writing_ctes: bool
@@ -41,57 +41,57 @@ class Database(Protocol):
     has_dynamic_types: bool
     """A column may hold a value of any type."""
     has_transaction_settings: bool
-    """Triggers can read what was set for a transaction."""
+    """Triggers can read settings of the transaction."""
     aborts_on_error: bool
-    """A statement that fails ends its transaction."""
+    """A failed statement ends its transaction."""
 
     # -- statements ----------------------------------------------------------------------------------------------------
 
     def upsert(self, table: Any) -> Any:
-        """An INSERT that can say ON CONFLICT."""
+        """An INSERT that supports ON CONFLICT."""
 
     def clock(self) -> ColumnElement[datetime]:
-        """The clock of leases. It is the server's, or the parameter ``now`` where all users are on this machine."""
+        """The clock of leases: the server's, or the parameter ``now`` if all users are on this machine."""
 
     def now(self, connection: Connection) -> datetime:
-        """The time by that clock."""
+        """The current time on the clock of leases."""
 
     # -- transactions --------------------------------------------------------------------------------------------------
 
     def isolation(self, level: str) -> dict[str, Any]:
-        """Execution options for the isolation *level*. SQLite has but one, so it needs none."""
+        """Execution options for the isolation *level*. SQLite has only one level, so it needs none."""
 
     def snapshot(self, engine: Engine) -> AbstractContextManager[Connection]:
-        """A connection that sees one state of the database for as long as it reads, and holds up no writer."""
+        """A connection that sees one state of the database during all its reads, and blocks no writer."""
 
     def read_only(self, connection: Connection) -> AbstractContextManager[None]:
-        """Refuse all that would write, until the end of the block, or of the transaction."""
+        """Refuse writes until the end of the block or of the transaction."""
 
     def prefer_temporary_tables(self, connection: Connection) -> None:
-        """Have a name mean a temporary table, if there is one."""
+        """Make a table name mean the temporary table of that name, if there is one."""
 
     def limit_transaction(self, connection: Connection, seconds: float) -> None:
-        """Have a server end this transaction if its process stops in it, and limit its waits for locks."""
+        """Make the server end this transaction when its process stops, and limit its waits for locks."""
 
     def cluster(self, connection: Connection) -> str | None:
-        """The cluster and timeline of transaction ids. None where the database does not tell them."""
+        """The cluster and timeline to which transaction ids belong. None when the database does not tell them."""
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
     def lock_creation(self, connection: Connection) -> None:
-        """Be the only one that creates tables of ours, until the transaction ends."""
+        """Keep other processes from creating our tables until the transaction ends."""
 
     def create_tables(self, connection: Connection, metadata: MetaData, tables: list[Table]) -> None:
         """Create *tables*, with their indexes and comments."""
 
     def rename_table(self, connection: Connection, old: str, table: Table) -> None:
-        """Give a table of ours the name of today. It keeps its rows, and triggers that name it follow."""
+        """Give our table *old* its current name. It keeps its rows, and triggers that use it are updated."""
 
     def skip_keys(self, connection: Connection, table: Table, highest: int) -> None:
-        """Have the *table* give out no key up to *highest*."""
+        """Make the *table* generate only keys above *highest*."""
 
     def vacuum(self, engine: Engine, tables: list[Table], deadline: float) -> None:
-        """Rewrite *tables* without what was deleted from them. *deadline* is a time of `time.monotonic`."""
+        """Rewrite *tables* so that no deleted data is left. *deadline* is a time of `time.monotonic`."""
 
 
 POSTGRESQL: Database = Postgresql()
@@ -101,18 +101,18 @@ BY_NAME: Mapping[str, Database] = {database.name: database for database in (POST
 
 
 def find_database(bind: Bind) -> Database | None:
-    """The database of *bind*, or None for one that memstate_sa does not know."""
+    """The database of *bind*, or None if memstate_sa does not support it."""
     dialect: Any = getattr(bind, "dialect", bind)
     return BY_NAME.get(dialect.name)
 
 
 def database_of(bind: Bind) -> Database:
-    """The database of *bind*. Raises MemstateError for one that memstate_sa does not know."""
+    """The database of *bind*. Raises MemstateError if memstate_sa does not support it."""
     dialect: Any = getattr(bind, "dialect", bind)
     try:
         return BY_NAME[dialect.name]
     except KeyError:
         raise MemstateError(
             f"Cannot use a database of the dialect {dialect.name!r}. memstate_sa works with PostgreSQL and SQLite. "
-            "Give an engine of one of them."
+            "Pass an engine of one of them."
         ) from None

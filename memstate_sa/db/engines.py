@@ -1,4 +1,4 @@
-"""The engines that memstate_sa makes: of a URL, with a driver that a thread can use, or with a pool of their own."""
+"""The engines that memstate_sa makes: from a URL, with a driver for threads, or with a pool of their own."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _OF_ASYNCPG = {
 
 
 def make_engine(url: str | URL, **options: Any) -> Engine:
-    """An engine on *url* that is memstate_sa's own. All engines of ours are made here.
+    """A new engine on *url*. All engines that memstate_sa owns are made here.
 
-    A connection that the server or a pooler closed is replaced at checkout. A forked child gets connections of its own.
+    A connection that the server or a pooler has closed is replaced at checkout. A forked child gets its own
+    connections.
     """
     engine: Engine = sqlite.configure(create_engine(url, pool_pre_ping=True, **options))
     forks.in_child(engine, _renew_pool)
@@ -35,17 +36,17 @@ def make_engine(url: str | URL, **options: Any) -> Engine:
 
 
 def _renew_pool(engine: Engine) -> None:
-    """Leave the parent's connections alone.
+    """Let go of the parent's connections after a fork, without closing them.
 
-    SQLite's are closed: its library believes that this process has the locks of each open connection. An in-memory
-    database is a copy, which the child keeps.
+    Connections to SQLite are closed, because its library believes that this process has the locks of each open one. An
+    in-memory database is a copy, which the child keeps.
     """
     if not sqlite.is_in_memory(engine):
         engine.dispose(close=database_of(engine).runs_in_process)
 
 
 class _SeparatePool(OptionEngine):
-    """An engine with a pool of its own. It shares events and options with the engine that it was made of."""
+    """An engine with a pool of its own. It shares events and options with the engine that it was made from."""
 
     def __init__(self, engine: Engine) -> None:
         self._own = engine.pool.recreate()
@@ -66,11 +67,11 @@ class _SeparatePool(OptionEngine):
 def with_separate_pool(engine: Engine) -> Engine:
     """*engine* with a pool of its own, which is disposed of with the engine.
 
-    Use it where a thread may hold a connection while it needs a second one. If enough threads do that with one pool,
-    each waits for ever for the others.
+    Use it when a thread may hold a connection while it needs a second one. With one pool, such threads could wait for
+    each other forever.
     """
     if engine.dialect.server_version_info is None:
-        # An engine's first connection asks for the server's version. One of another pool would not wait for that.
+        # The engine's first connection reads the server's version. A connection of another pool would not wait for it.
         engine.connect().close()
     with _making:
         separate: Engine | None = getattr(engine, _ATTRIBUTE, None)
@@ -88,12 +89,12 @@ def _dispose(separate: Engine, engine: Engine) -> None:
 
 
 def blocking_engine(url: URL) -> Engine:
-    """An engine on *url* with a driver that a thread can use. Options of asyncpg are translated, or left out."""
+    """An engine on *url* with a driver for threads. Options of asyncpg are translated, or left out."""
     database, query, arguments = BY_NAME.get(url.get_backend_name()), dict(url.query), dict[str, Any]()
     if url.drivername == "postgresql+asyncpg":
         if "ssl" in query:
             query["sslmode"] = query.pop("ssl")
-        if query.get("prepared_statement_cache_size") == "0":  # as behind PgBouncer
+        if query.get("prepared_statement_cache_size") == "0":  # a setting for PgBouncer
             arguments["prepare_threshold"] = None
         query = {name: value for name, value in query.items() if name not in _OF_ASYNCPG}
     driver = url.get_backend_name() if database is None else database.blocking_driver
@@ -104,8 +105,8 @@ def engine_of(url: str) -> Engine:
     """An engine on *url* as users write it: ``postgresql://…`` takes psycopg. Raises MemstateError."""
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # the text of a ValueError quotes what it took for the port
-        raise MemstateError("not a database URL: write postgresql://… or sqlite:///…") from None
+    except (ArgumentError, ValueError):  # not chained: the text of a ValueError may quote a part of the password
+        raise MemstateError("This is not a database URL. Write postgresql://… or sqlite:///…") from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     in_memory = BY_NAME.get(parsed.get_backend_name()) is SQLITE and (parsed.database or ":memory:") == ":memory:"
@@ -117,11 +118,13 @@ def engine_of(url: str) -> Engine:
     except (NoSuchModuleError, ImportError) as error:
         if parsed.drivername == "postgresql+psycopg":
             raise MissingExtra("psycopg", "postgres") from error
-        raise MemstateError(f"{parsed.drivername}: no such dialect, or its driver is not installed") from error
+        raise MemstateError(
+            f"Cannot use the driver {parsed.drivername}: it is unknown to SQLAlchemy, or not installed. Check the URL."
+        ) from error
 
 
 def is_same_database(one: Engine, other: Engine) -> bool:
-    """Whether they are of one database, by whatever driver: on SQLite a second engine would wait for the first."""
+    """Whether the engines are on the same database, with any drivers. On SQLite one would wait for the other."""
     return one is other or one.url.set(drivername=_kind(one)) == other.url.set(drivername=_kind(other))
 
 

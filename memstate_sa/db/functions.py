@@ -1,7 +1,7 @@
-"""Functions of ours on PostgreSQL: each runs for the table and the event that it was made for, and for nothing else.
+"""Our trigger functions on PostgreSQL. Each runs only for the table and the event that it was made for.
 
-They run as their owner, as a role that may write a table need not be allowed to write the log. A role that could attach
-one to a table of its own would write the log, and would run its own casts as that owner.
+They run with the rights of their owner, so that a role that may write a table needs no right to write the log. A role
+that could attach a function to its own table would write the log, and would run its own casts with those rights.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from sqlalchemy import text
 from sqlalchemy.engine import Connection
 
 SEARCH_PATH = "pg_catalog, pg_temp"
-"""Nobody else can put a function or an operator there: functions in pg_temp are never found by their name alone."""
+"""Other roles cannot add a function or operator here. PostgreSQL never looks for functions in pg_temp by name alone."""
 
 MOMENT = "extract(epoch FROM transaction_timestamp())::text"
-"""Of the transaction. What we set is of one: a setting that was left behind, or is a role's default, says nothing."""
+"""The start time of the transaction. Our settings carry it, so that a left-over setting or a default is ignored."""
 
 CHECK = "-- memstate_sa: for one table and one event"
-"""The first line of the check that each function begins with."""
+"""The first line of the check at the beginning of each function."""
 
 
 def dollar_quoted(body: str) -> str:
-    """*body* as a string constant, whatever names are in it."""
+    """*body* as a string constant. It may contain any text."""
     tag = "memstate"
     while f"${tag}" in body:
         tag += "_"
@@ -30,7 +30,7 @@ def dollar_quoted(body: str) -> str:
 
 
 def check(schema: str, table: str, event: str, when: str) -> str:
-    """The beginning of a function's body; *schema* and *table* are literals."""
+    """The check at the beginning of a function's body. *schema* and *table* are SQL literals."""
     return (
         f"  {CHECK}\n"
         f"  IF TG_TABLE_SCHEMA <> {schema} OR TG_TABLE_NAME <> {table} OR TG_OP <> '{event}' OR TG_WHEN <> '{when}' "
@@ -45,7 +45,7 @@ def check(schema: str, table: str, event: str, when: str) -> str:
 
 
 def creating(name: str, source: str, settings: str = "", *, definer: bool = True) -> tuple[str, str]:
-    """Statements that create the trigger function *name*, and take the right to attach it from everybody else."""
+    """Statements that create the trigger function *name*, and take the right to attach it from other roles."""
     security = f"{'SECURITY DEFINER ' if definer else ''}SET search_path = {SEARCH_PATH}{settings}"
     return (
         f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql {security} AS {dollar_quoted(source)}",
@@ -54,7 +54,7 @@ def creating(name: str, source: str, settings: str = "", *, definer: bool = True
 
 
 def transaction_setting(name: str, moment: str = MOMENT) -> str:
-    """SQL for ``memstate.<name>``, if `set_transaction_setting` has set it in this transaction, or NULL."""
+    """SQL for the value that `set_transaction_setting` gave ``memstate.<name>`` in this transaction, or NULL."""
     return (
         f"(CASE WHEN current_setting('memstate.{name}_at', true) = {moment} "
         f"THEN nullif(current_setting('memstate.{name}', true), '') END)"
@@ -68,14 +68,14 @@ _set = text(
 
 
 def set_transaction_setting(connection: Connection, name: str, value: str) -> None:
-    """Set ``memstate.<name>`` for the rest of this transaction; '': no longer."""
+    """Set ``memstate.<name>`` for the rest of this transaction. '' removes it."""
     connection.execute(_set, {"name": name, "value": value})
 
 
 IS_CLOSED = (
     f"NOT has_function_privilege('public', p.oid, 'EXECUTE') AND p.proconfig @> ARRAY['search_path={SEARCH_PATH}']"
 )
-"""Whether the function ``p`` is as `creating` leaves it; of its body, its source tells."""
+"""SQL for "the function ``p`` has the rights and settings of `creating`". Its body is not compared here."""
 
 _IS_CHECKED = f"position('{CHECK}' IN p.prosrc) > 0"
 _IS_OPEN = (
@@ -84,7 +84,7 @@ _IS_OPEN = (
 )
 _open = text(f"SELECT CAST(CAST(p.oid AS regprocedure) AS text) FROM pg_proc AS p WHERE {_IS_OPEN} ORDER BY 1")
 
-# A function of an older version gets the check of the table that it names, or else of its oldest trigger.
+# A function of an older version gets a check for the table that its source names, or for that of its oldest trigger.
 _CLOSE = f"""DO $memstate_do$
 DECLARE
   f record;
@@ -124,17 +124,17 @@ $memstate_do$"""
 
 
 def open_functions(connection: Connection) -> Sequence[str]:
-    """Functions that capture, and that others can attach to tables of theirs: of an older version, or restored."""
+    """Our functions that other roles can attach to their tables: an older version made them, or a restore did."""
     return connection.scalars(_open).all()
 
 
 def close(connection: Connection) -> None:
-    """Give them the check, and take the right to attach them from everybody else; drop those that no trigger uses."""
+    """Add the check to `open_functions`, and take the right to attach them from others. Drop unused ones."""
     if open_functions(connection):
         statement = _CLOSE.replace("{check}", _as_format())
         connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
 
 
 def _as_format() -> str:
-    """The check as PostgreSQL's format() takes it: a literal in which the names are to be filled in."""
+    """The check as a template for PostgreSQL's format()."""
     return "'" + check("%1$L", "%2$L", "%3$s", "%4$s").replace("'", "''") + "'"

@@ -1,6 +1,7 @@
-"""PostgreSQL's interval, which has months, days and seconds, each with a sign. Python's timedelta has days and seconds.
+"""PostgreSQL's interval has months, days and seconds, each with a sign. Python's timedelta has days and seconds.
 
-An interval that a timedelta gives back as it was is one. Any other is text of all three parts, which the server takes.
+An interval that fits into a timedelta without loss is read as one. Any other is read as text with all three parts,
+which the server accepts.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ _PARTS = re.compile(r"(-?\d+) mons (-?\d+) days (-?[\d.]+) secs")
 
 
 def as_text(value: str) -> str:
-    """The SQL text of *value*, which is SQL."""
+    """SQL for the text of *value*, which is itself SQL."""
     return _TEXT.format(value)
 
 
 def is_timedelta(value: str) -> str:
-    """The SQL condition that a timedelta holds all of *value*."""
+    """SQL for "*value* fits into a timedelta without loss"."""
     return _IS_TIMEDELTA.format(value)
 
 
 def _parts(text: str) -> tuple[int, int, Decimal]:
     match = _PARTS.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is not the text of an interval")
+        raise ValueError(f"{text!r} is not an interval.")
     return int(match[1]), int(match[2]), Decimal(match[3])
 
 
 def as_timedelta(value: Any) -> Any:
-    """An interval as psycopg reads it: a year of 365 days, a month of 30."""
+    """An interval as psycopg reads it: a year has 365 days, and a month has 30."""
     if not isinstance(value, str):
         return value
     months, days, seconds = _parts(value)
@@ -53,12 +54,12 @@ def as_timedelta(value: Any) -> Any:
 
 
 class RawInterval(UserDefinedType[Any]):
-    """An interval that is read and written as text: a timedelta, or the text where that would lose something."""
+    """An interval that travels as text. It is read as a timedelta, or as text when a timedelta would lose a part."""
 
     cache_ok = True
 
     def get_col_spec(self, **_: Any) -> str:
-        raise NotImplementedError("RawInterval is for expressions only")
+        raise NotImplementedError("RawInterval is for expressions only.")
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
         def read(text: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""`JoinedColumns`: the rows of a class that joined inheritance spreads over several tables."""
+"""`JoinedColumns`: the rows of a class with joined inheritance, which are in several tables."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from memstate_sa.db.rows import REFUSALS, Refusals, TableColumns
 
 
 class JoinedColumns(TableColumns):
-    """Statements and conversions for a class with joined inheritance: rows in several tables, by one primary key.
+    """Statements and conversions for a class with joined inheritance: rows in several tables, with one primary key.
 
-    An image holds the columns of the first table by their names, those of another as ``table.column``, and of those
-    tables only in which the row is. *required*: without a row in the so many tables after the first, there is none.
+    An image has the columns of the first table by name, and the columns of other tables as ``table.column``. Tables
+    without a row are left out. A fact exists only if it has a row in the first table and in the *required* ones after
+    it.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class JoinedColumns(TableColumns):
         skip_locked: bool = False,
     ) -> set[str]:
         locked = super().lock(connection, keys, leaving=leaving, skip_locked=skip_locked)
-        if leaving:  # others may refer to any part of them
+        if leaving:  # others may refer to any part of a fact
             for table in self._prefixes.values():
                 self._of_table[table].lock(connection, keys, leaving=True)
         return locked
@@ -87,7 +88,7 @@ class JoinedColumns(TableColumns):
         return TableColumns.to_raw(self._of_table[table], name.removeprefix(prefix), value)
 
     def _divide(self, image: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-        """What of *image* is of each table, by the prefix of its names: none for the first."""
+        """The part of *image* for each table, by the prefix of its names. The first table has no prefix."""
         parts: dict[str, dict[str, Any]] = {}
         for name, value in image.items():
             prefix = next((prefix for prefix in self._prefixes if name.startswith(prefix)), "")

@@ -1,4 +1,4 @@
-"""The Session that this thread works in: calls that take none join it."""
+"""The Session that this thread has joined with `use_session`. Calls without a Session use it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _SessionBlock:
     engine: Engine
     session: Session
     task: object
-    """The asyncio.Task that began it; None: the thread itself, and whatever it calls."""
+    """The asyncio.Task that began it. None: the thread began it outside of any task."""
 
 
 class _ThreadBlocks(threading.local):
@@ -36,29 +36,29 @@ _thread = _ThreadBlocks()
 
 @contextmanager
 def use_session(memory: object, engine: Engine, session: Session) -> Iterator[None]:
-    """Have what this thread does with *memory* in *engine*'s database join *session*: see `current_session`."""
+    """Make this thread's calls on *memory* in *engine*'s database join *session*. See `current_session`."""
     block, blocks = _SessionBlock(memory, engine, session, _task()), _thread.blocks
     blocks.append(block)
     try:
         yield
     finally:
-        blocks.remove(block)  # not the last: another task's block may have begun since, and another thread may end this
+        blocks.remove(block)  # it may not be the last, and another thread may run this
 
 
 def current_session(memory: object, engine: Engine) -> Session | None:
-    """The Session that this thread joined last, of those with *memory* in *engine*'s database.
+    """The Session that this thread joined last with *memory* in *engine*'s database, or None.
 
-    Raises MemstateError where an asyncio task joined it, and another one asks: what that commits would be rolled back
-    with what it knows nothing of; and in a Session of its own it could wait, with the loop, for the first.
+    Raises MemstateError when another asyncio task joined it. Writes in that Session could be rolled back by the other
+    task. A Session of our own could wait for the other task while it blocks the event loop.
     """
     newest_first = reversed(_thread.blocks)
-    block = next((one for one in newest_first if one.memory is memory and is_same_database(one.engine, engine)), None)
+    block = next((b for b in newest_first if b.memory is memory and is_same_database(b.engine, engine)), None)
     if block is None:
         return None
     if block.task is not None and block.task is not _task():
         raise MemstateError(
-            "another asyncio task of this thread is in a transaction, which is its own: await its end, or call this in "
-            "a thread (asyncio.to_thread)"
+            "Cannot join this thread's transaction: it belongs to another asyncio task. Await its end, or call this in "
+            "a thread (asyncio.to_thread)."
         )
     return block.session
 

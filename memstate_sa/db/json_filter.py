@@ -1,4 +1,4 @@
-"""What must be true of a JSON document, as SQL: bound, with JSON's own types, and the same on both databases."""
+"""Conditions on a JSON document, as SQL with bound values. They follow JSON's types, and both databases agree."""
 
 from __future__ import annotations
 
@@ -34,12 +34,18 @@ _ORDERINGS = {"$gt": operator.gt, "$gte": operator.ge, "$lt": operator.lt, "$lte
 
 
 def matches(database: Database, document: Any, filter_: Mapping[str, Any]) -> ColumnElement[bool]:
-    """Whether each member of the object *document* is as *filter_* says, which is plain JSON.
+    """SQL for "each member of the object *document* satisfies *filter_*", which is plain JSON.
 
-    A scalar is what the member has to be, an object what (more) there has to be in it, a list what it consists of, and
-    None a null, or no such member. An object of operators, ``$eq $ne $gt $gte $lt $lte``, compares: ``$eq`` to the
-    whole of a value, an ordering numbers with numbers, and strings with strings by code points; what is neither, or
-    not there, is in no order. Raises ValueError for other operators, and for what has no order.
+    The condition on a member depends on the value in the filter:
+
+    - A scalar: the member equals it.
+    - An object: the member is an object, and these members of it satisfy it. It may have more.
+    - A list: the member is a list of the same length, and its items satisfy these.
+    - None: the member is null or missing.
+    - An object of operators (``$eq $ne $gt $gte $lt $lte``): ``$eq`` and ``$ne`` compare the whole value. The others
+      compare numbers with numbers, and strings with strings by code points. Any other member does not match.
+
+    Raises ValueError for unknown operators, and for operands that have no order.
     """
     json = _JSON[database]
     return and_(true(), *(_member(json, document, name, value) for name, value in filter_.items()))
@@ -48,9 +54,9 @@ def matches(database: Database, document: Any, filter_: Mapping[str, Any]) -> Co
 def member_equals(
     database: Database, document: Any, name: str, value: str | float | bool | None
 ) -> ColumnElement[bool]:
-    """Whether the member *name* is this JSON value: of this type, and nothing that merely casts to it.
+    """SQL for "the member *name* is this JSON value", of the same JSON type.
 
-    None also selects documents without the member. An index of the documents serves it on PostgreSQL.
+    None also selects documents without the member. On PostgreSQL an index on the documents can serve it.
     """
     if database is not POSTGRESQL:
         return _member(_JSON[database], document, name, value)
@@ -89,10 +95,10 @@ def _member(json: _Json, document: Any, name: str | int, condition: Any) -> Colu
 def _compared(json: _Json, document: Any, name: str | int, how: str, operand: Any) -> ColumnElement[bool]:
     if how in _ORDERINGS:
         if isinstance(operand, bool) or not isinstance(operand, (int, float, str)):
-            raise ValueError(f"{how} compares with a number or a string, not with {type(operand).__name__}")
+            raise ValueError(f"{how} needs a number or a string, not a value of type {type(operand).__name__}.")
         return json.member(document, name, lambda member: json.compares(member, _ORDERINGS[how], operand))
     if how not in ("$eq", "$ne"):
-        raise ValueError(f"unsupported operator {how!r}: $eq, $ne, $gt, $gte, $lt or $lte")
+        raise ValueError(f"Unknown operator {how!r}. Use $eq, $ne, $gt, $gte, $lt or $lte.")
     if operand is None:
         same = _member(json, document, name, None)
     else:
@@ -101,18 +107,18 @@ def _compared(json: _Json, document: Any, name: str | int, how: str, operand: An
 
 
 class _Json(Protocol):
-    """How a database looks into JSON. A member, once found, is whatever the other methods take."""
+    """The JSON functions of a database. The type of a member is private to each implementation."""
 
     def member(self, document: Any, name: str | int, test: _Test) -> ColumnElement[bool]:
-        """Whether *document* has a member (or, by its number, an item) that passes *test*; never NULL."""
+        """SQL for "*document* has this member (or item, by number), and it passes *test*". It is never NULL."""
 
     def document(self, member: Any) -> Any:
-        """A member as a document with members of its own; NULL when it has none."""
+        """A member as a document with members of its own. NULL when it is no object or array."""
 
     def is_a(self, member: Any, kind: str) -> ColumnElement[bool]: ...
 
     def has_items(self, member: Any, count: int) -> ColumnElement[bool]:
-        """Whether an array or object has so many."""
+        """SQL for "the array or object has *count* items"."""
 
     def equals(self, member: Any, value: Any) -> ColumnElement[bool]: ...
 
@@ -131,8 +137,8 @@ class _Postgresql:
         return func.jsonb_typeof(member) == kind
 
     def has_items(self, member: Any, count: int) -> ColumnElement[bool]:
-        of_array = case((self.is_a(member, "array"), member), else_=cast(literal("[]", Text), JSONB))
-        return func.jsonb_array_length(of_array) == count
+        array = case((self.is_a(member, "array"), member), else_=cast(literal("[]", Text), JSONB))
+        return func.jsonb_array_length(array) == count
 
     def equals(self, member: Any, value: Any) -> ColumnElement[bool]:
         same: ColumnElement[bool] = member == self._bound(value)
@@ -153,14 +159,14 @@ _SQLITE_TYPES = {"null": ("null",), "object": ("object",), "array": ("array",), 
 
 
 class _Sqlite:
-    """A row of json_each() is a member: there is no path in which a name would have to be quoted."""
+    """A member is a row of json_each(), so that no name must be quoted in a JSON path."""
 
     def member(self, document: Any, name: str | int, test: _Test) -> ColumnElement[bool]:
         item = func.json_each(document).table_valued("key", "value", "type", "atom").alias()
         return exists(select(literal_column("1")).select_from(item).where(item.c.key == literal(name), test(item.c)))
 
     def document(self, member: Any) -> Any:
-        return case((member.type.in_(("object", "array")), member.value))  # a string may be no JSON, which is an error
+        return case((member.type.in_(("object", "array")), member.value))  # a string would be parsed, and may fail
 
     def is_a(self, member: Any, kind: str) -> ColumnElement[bool]:
         has_type: ColumnElement[bool] = member.type.in_(_SQLITE_TYPES[kind])
@@ -191,7 +197,7 @@ class _Sqlite:
     def compares(self, member: Any, ordering: Callable[[Any, Any], Any], value: Any) -> ColumnElement[bool]:
         if isinstance(value, str):
             return and_(member.type == "text", ordering(member.atom, literal(value, Text)))
-        number = value if -(2**63) <= value < 2**63 else float(value)  # as SQLite itself reads larger ones
+        number = value if -(2**63) <= value < 2**63 else float(value)  # SQLite reads larger numbers as floats too
         return and_(self.is_a(member, "number"), ordering(member.atom, literal(number)))
 
 

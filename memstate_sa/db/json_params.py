@@ -1,7 +1,7 @@
-"""Any number of keys or rows in one bound parameter, as a JSON array that the database takes apart.
+"""Any number of keys or rows in one bound parameter: a JSON array, which the database takes apart.
 
-A tenth of what an executemany costs in the layers above the driver, one round trip, and one text for the statement
-caches whatever the number.
+In the layers above the driver this costs a tenth of an executemany. It needs one round trip, and the statement's text
+does not depend on the number, so that statement caches work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _elements(FunctionElement[Any]):
 
 
 class _strings(_elements):
-    """The same, of strings, as text."""
+    """The elements of a JSON array of strings, as text."""
 
     inherit_cache = True
 
@@ -49,7 +49,7 @@ def _strings_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 
 
 def unnest_strings(parameter: str) -> FromClause:
-    """A FROM element of the strings in *parameter*, in its column ``value``; bind it with `as_array`."""
+    """A FROM element with the strings of *parameter* in its column ``value``. Bind the parameter with `as_array`."""
     return _strings(bindparam(parameter, type_=Text())).table_valued("value", name=parameter)
 
 
@@ -58,7 +58,7 @@ def as_array(keys: Iterable[str]) -> str:
 
 
 def as_json(data: Any) -> str:
-    """By Pydantic's serializer, which takes a third of the time of the standard library's."""
+    """*data* as JSON, written by Pydantic's serializer: it takes a third of the time of the standard library's."""
     return pydantic_core.to_json(data).decode()
 
 
@@ -87,7 +87,7 @@ def _element_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 
 
 class typed(Cast[Any]):
-    """A cast where elements are text (PostgreSQL); SQLite's have their type."""
+    """A cast on PostgreSQL, where elements are text. On SQLite they have their type, so there is no cast."""
 
     inherit_cache = True
 
@@ -98,11 +98,11 @@ def _typed_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 
 
 def unnest_rows(parameter: str) -> FromClause:
-    """A FROM element of the rows in *parameter*, whose columns are `row_value`; bind it with a JSON array of arrays."""
+    """A FROM element with the rows of *parameter*, a JSON array of arrays. `row_value` gives its columns."""
     return _elements(bindparam(parameter, type_=Text())).table_valued("value", name=f"{parameter}_given")
 
 
-def row_value(of: FromClause, n: int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
-    """Item *n* of each row of `unnest_rows`, as *type_*; JSON null is NULL."""
-    # Strings as TEXT: one that is too long is refused by the column, not cut by the cast.
-    return typed(_element(of.c.value, n), Text() if isinstance(type_, String) else type_)
+def row_value(rows: FromClause, n: int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
+    """Item *n* of each row of `unnest_rows`, as *type_*. JSON null is NULL."""
+    # Strings are cast to TEXT, because a cast to VARCHAR(n) would cut a long string that the column must refuse.
+    return typed(_element(rows.c.value, n), Text() if isinstance(type_, String) else type_)

@@ -1,7 +1,7 @@
-"""Which values a primary key can have: what a driver reads from its columns, and takes back as a parameter.
+"""The values that a primary key can have: a driver reads them from its columns, and takes them as parameters.
 
-A key in the outbox, the log or an index may be none of the table's: the type of a column was changed, or somebody else
-wrote it. One such key must not make a driver refuse all the others that are read with it.
+A key in the outbox, the log or an index may not fit the table: a column's type has changed, or it is another program's.
+One such key must not make a driver refuse the other keys of the same statement.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _READ_BY_PSYCOPG: Mapping[type[TypeEngine[Any]], frozenset[type]] = {
     INTERVAL: frozenset({timedelta}),
 }
 _DYNAMIC: frozenset[type] = frozenset({int, float, str, bytes, type(None)})
-"""Of dynamic types: a column may hold any of them, whatever its type says, and NULL where it is one of several."""
+"""The types of values in a database with dynamic types. A column may hold any of them, NULL included."""
 _OF_ANY: frozenset[type] = frozenset({bool, str, bytes, list, time, timedelta, UUID}) | _NUMBERS | _DAYS
 _INT64 = 2**63
 
 
 def types_of(impl: TypeEngine[Any], database: Database) -> frozenset[type]:
-    """The types of the values that a key's column of type *impl* may have, as the driver reads them."""
+    """The Python types that the driver reads from a key column of type *impl*."""
     if database.has_dynamic_types:
         return _DYNAMIC
     if isinstance(impl, Uuid):
@@ -52,7 +52,7 @@ def types_of(impl: TypeEngine[Any], database: Database) -> frozenset[type]:
 
 
 def is_read_by_database(impl: TypeEngine[Any], database: Database) -> bool:
-    """Whether the database alone can tell if a text is a value of *impl*, as of an enum or an address."""
+    """Whether only the database can tell if a text is a value of *impl*, for example of an enum or an address."""
     if database.has_dynamic_types:
         return False
     return (isinstance(impl, Enum) and impl.native_enum) or not isinstance(impl, (*_READ_BY_PSYCOPG, Uuid))
@@ -63,7 +63,7 @@ class DoesNotFit(ValueError):
 
 
 def fitted(value: Any, types: frozenset[type]) -> Any:
-    """*value* as the driver takes it for a column of *types*. Raises DoesNotFit."""
+    """*value* as the driver takes it for a column of *types*. Raises DoesNotFit if it cannot be one."""
     if type(value) in (Decimal, float) and types == {int} and value == value // 1:
         value = int(value)  # the column is a NUMERIC in the database
     kind = type(value)
@@ -77,6 +77,6 @@ def is_int64(value: int) -> bool:
 
 
 def tolerate_refusal(connection: Connection) -> AbstractContextManager[Any]:
-    """Let the transaction go on after a statement that is refused: on PostgreSQL a refusal ends it otherwise."""
+    """Keep the transaction usable after a refused statement. PostgreSQL would end it."""
     ends = database_of(connection).aborts_on_error and not connection._is_autocommit_isolation()  # noqa: SLF001
     return connection.begin_nested() if ends else nullcontext()

@@ -1,4 +1,4 @@
-"""Who holds a lease: names of owners, and whether their process still runs."""
+"""The owners of leases: their names, and whether their process still runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from memstate_sa.db.dialects import database_of
 
 
 def owner_id() -> str:
-    """Names this holder so that another process of this machine can tell whether it is still alive."""
+    """A name for a new owner. Other processes of this machine can tell from it whether the owner still runs."""
     return f"{_process(os.getpid())}-{uuid4().hex[:8]}"
 
 
 @cache
 def _process(pid: int) -> str:
-    """A name for this process, which no other has. A forked child has another *pid*."""
+    """A unique name for this process. A forked child has another *pid*."""
     return f"{_machine()} {pid} {_started(pid)} {uuid4().hex}"
 
 
 def _machine() -> str:
-    """This boot of this machine, and the pid namespace in it; "?" where the system does not tell.
+    """This boot of this machine, and its pid namespace. "?" when the system does not tell them.
 
-    Not the host's name: clones share it, and so do containers. The namespace alone is a constant outside of containers.
+    The host's name would not do, because clones and containers share it. The namespace alone is the same on all
+    machines without containers.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
@@ -38,9 +39,9 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When the process began, in clock ticks of this boot: a pid is given again. "?" where that is not told."""
+    """The start time of the process, in clock ticks of this boot, as a pid can be used again. "?" if unknown."""
     try:
-        # The name in parentheses may itself hold spaces and parentheses.
+        # The name in parentheses may itself contain spaces and parentheses.
         state, *fields = Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()
         return "ended" if state in "ZX" else fields[18]
     except (OSError, ValueError, IndexError):
@@ -51,9 +52,9 @@ _UNKNOWN = "?"
 
 
 def is_gone(owner: str) -> bool:
-    """Whether *owner* certainly runs no more: a process of this boot of this machine that has ended.
+    """Whether *owner* is a process of this boot of this machine that has certainly ended.
 
-    Its lease is not waited for. False wherever it may live elsewhere.
+    Then its slots can be taken before its lease expires. False for an owner that may run on another machine.
     """
     machine, _, process = owner.partition(" ")
     pid, *details = process.split(" ")
@@ -64,24 +65,24 @@ def is_gone(owner: str) -> bool:
     except ProcessLookupError:
         return True
     except OSError:
-        pass  # it is there, and another user's
+        pass  # the process runs, under another user
     return _started(int(pid)) not in (_UNKNOWN, details[0])
 
 
-_holding: WeakValueDictionary[str, object] = WeakValueDictionary()
-"""Who claims in this process, by owner."""
+_claimants: WeakValueDictionary[str, object] = WeakValueDictionary()
+"""The objects of this process that claim slots, by owner."""
 
 
-def new_owner(who: object) -> str:
-    """An `owner_id` that is *who*'s, as long as that object lives."""
+def new_owner(claimant: object) -> str:
+    """An `owner_id` for *claimant*. It is dropped when that object is gone."""
     owner = owner_id()
-    _holding[owner] = who
+    _claimants[owner] = claimant
     return owner
 
 
 def is_dropped(owner: str) -> bool:
-    """Whether *owner* was of this process, and the application has no such relay any more."""
-    return owner.startswith(_process(os.getpid())) and owner not in _holding
+    """Whether *owner* belongs to this process, but its object is gone."""
+    return owner.startswith(_process(os.getpid())) and owner not in _claimants
 
 
 def database_now(connection: Connection) -> datetime:

@@ -1,4 +1,4 @@
-"""What to do where a table of ours is not in the database, or is of another version. One place says so."""
+"""The error for a table of memstate_sa that is missing or of another version: it says how to create or upgrade it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TablesMissing(MemstateError, SQLAlchemyError):
 
 
 def explain(engine: Engine) -> None:
-    """Have statements on *engine* that miss a table of ours raise TablesMissing. Idempotent."""
-    dialect = engine.dialect  # which an engine shares with those that execution_options() makes of it
+    """Make statements on *engine* raise TablesMissing when they miss one of our tables. Idempotent."""
+    dialect = engine.dialect  # an engine shares it with the engines that execution_options() makes from it
     if not event.contains(dialect, "handle_error", _explained):
         event.listen(dialect, "handle_error", _explained)
 
@@ -32,16 +32,16 @@ def _explained(context: ExceptionContext) -> TablesMissing | None:
     error: Any = context.original_exception
     message = str(error)
     state = getattr(error, "sqlstate", None) or next(
-        (state for said, state in _SQLITE_MESSAGES.items() if said in message), None
+        (state for part, state in _SQLITE_MESSAGES.items() if part in message), None
     )
     if state not in _PROBLEMS:
         return None
-    # SQLite makes this table, of the counters of ids, along with the first of ours.
+    # SQLite creates sqlite_sequence, its table of id counters, together with our first table.
     names = ["memstate_outbox"] if "sqlite_sequence" in message else _NAME.findall(message)
     name = next((name for name in names if name in metadata.tables), None)
     if name is None:
         return None
     return TablesMissing(
         f"The table {name} {_PROBLEMS[state]}. Create or upgrade the tables with memory.create_tables(engine), "
-        "`memstate-sa init` or an Alembic migration; setup() does it for a LangGraph checkpointer or store."
+        "`memstate-sa init` or an Alembic migration. For a LangGraph checkpointer or store, call setup()."
     )

@@ -1,4 +1,4 @@
-"""What is PostgreSQL's own. See `dialects.Database`."""
+"""The PostgreSQL implementation of `dialects.Database`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _limit = select(
     func.set_config("idle_in_transaction_session_timeout", bindparam("limit"), True),
 )
 _may_ask = select(func.has_function_privilege("pg_control_system()", "execute"))
-# The insertion point's timeline: it changes at once when a standby is promoted or a backup recovered.
+# The timeline of the WAL insert position. It changes at once when a standby is promoted or a backup is recovered.
 _cluster = text(
     "SELECT concat(system_identifier, '/', left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)) "
     "FROM pg_control_system()"
@@ -37,8 +37,8 @@ _older_transactions = text(
     "UNION ALL SELECT age(transaction) FROM pg_prepared_xacts WHERE database = current_database()"
     ") AS others WHERE age > age(CAST(CAST(:mark AS xid8) AS xid))"
 )
-# Triggers are in the schema of our tables, of which a database may have several. A function keeps its owner, its rights
-# and its settings.
+# The functions are in the schema of our tables, and a database may have several such schemas. A replaced function keeps
+# its owner, rights and settings.
 _RENAME_IN_FUNCTIONS = """DO $memstate_do$
 DECLARE
   f record;
@@ -94,7 +94,7 @@ class Postgresql:
         connection.execute(select(func.set_config("search_path", f"pg_temp, {path}", true())))
 
     def limit_transaction(self, connection: Connection, seconds: float) -> None:
-        """The settings are local to this transaction, as a pooler in transaction mode needs."""
+        """The settings are local to this transaction, because a pooler may give the connection to others."""
         connection.execute(_limit, {"limit": f"{seconds * 1000:.0f}ms"})
 
     def cluster(self, connection: Connection) -> str | None:
@@ -104,7 +104,7 @@ class Postgresql:
         connection.execute(_one_at_a_time)
 
     def create_tables(self, connection: Connection, metadata: MetaData, tables: list[Table]) -> None:
-        """By one statement, not by a hundred."""
+        """One statement creates all of them, because a hundred round trips are slow."""
         statements: list[str] = []
 
         def collect(ddl: Any, *_: Any) -> None:
@@ -118,7 +118,7 @@ class Postgresql:
         new = str(table.name)
         if inspect(connection).has_table(new):
             statements = [f"DROP TABLE {old}"]
-        else:  # it keeps its rights
+        else:  # a renamed table keeps its rights
             constraint = f"ALTER TABLE {new} RENAME CONSTRAINT pk_{old} TO pk_{new}"
             statements = [f"ALTER TABLE {old} RENAME TO {new}", constraint]
         for statement in (*statements, _RENAME_IN_FUNCTIONS.format(old=old, new=new)):
@@ -129,17 +129,17 @@ class Postgresql:
         name = prepare.format_table(table).replace("%%", "%")
         [column] = table.primary_key.columns
         sequences = [func.pg_get_serial_sequence(name, column.name)]
-        if isinstance(column.default, schema.Sequence):  # which the table need not own
+        if isinstance(column.default, schema.Sequence):  # the table may not own it
             sequences.append(func.to_regclass(prepare.format_sequence(column.default).replace("%%", "%")))
         for sequence in sequences:
             if connection.scalar(select(sequence)) is not None:
                 connection.execute(select(func.setval(sequence, func.greatest(highest, func.nextval(sequence)))))
 
     def vacuum(self, engine: Engine, tables: Sequence[Table], deadline: float) -> None:
-        """FULL: a plain VACUUM leaves the bytes in their pages until something takes their place.
+        """FULL is needed because a plain VACUUM leaves deleted bytes in their pages until they are overwritten.
 
-        ANALYZE: statistics are samples of values. What an older transaction may still see would be copied along, so
-        those have to end first.
+        ANALYZE replaces the statistics, which contain samples of values. Rows that an older transaction may still see
+        would be copied too, so it waits for such transactions to end.
         """
         prepare = engine.dialect.identifier_preparer
         names = ", ".join(prepare.format_table(table).replace("%%", "%") for table in dict.fromkeys(tables))
@@ -148,8 +148,8 @@ class Postgresql:
             while connection.scalar(_older_transactions, {"mark": mark}):
                 if time.monotonic() > deadline:
                     raise MemstateError(
-                        "a transaction of before the purge is still open, and may read what was erased: end it, and "
-                        "purge again"
+                        "Cannot purge: a transaction from before the purge is still open, and may read erased data. "
+                        "End it, and purge again."
                     )
                 time.sleep(0.05)
             connection.exec_driver_sql(f"VACUUM (FULL, ANALYZE) {names}", execution_options=_RAW)

@@ -1,4 +1,4 @@
-"""`RAW`: the type of a column as the driver gives its values, without decoration."""
+"""`RAW`: a type that leaves values as the driver returns them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from memstate_sa.db.dialects import database_of
 
 
 def hashable(value: Any) -> Any:
-    """*value*, and what is in it, with tuples for lists."""
+    """*value* with tuples in place of lists, at all levels."""
     return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
 class Raw(UserDefinedType[Any]):
-    """A value as the driver gives and takes it."""
+    """A value as the driver returns and takes it."""
 
     cache_ok = True
 
     def get_col_spec(self, **_: Any) -> str:
-        raise NotImplementedError("Raw is for expressions only")
+        raise NotImplementedError("Raw is for expressions only.")
 
 
 RAW = Raw()
@@ -46,5 +46,5 @@ def undecorated(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
 def implementation(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
     """The dialect's type below any TypeDecorator."""
     type_ = undecorated(type_, dialect)
-    # In SQLAlchemy 2.0 PostgreSQL's own type of a float is a Numeric, as Float is.
+    # In SQLAlchemy 2.0, PostgreSQL's own type for a float is a Numeric but no Float.
     return type_ if isinstance(type_, Float) else type_.dialect_impl(dialect)

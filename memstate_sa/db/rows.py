@@ -1,8 +1,12 @@
-"""How the rows of one table are read into images and written back, bypassing every user-defined type.
+"""The rows of one table: they are read into images and written back without any user-defined type.
 
-Values are what the driver reads: capture then runs no application code, and nothing is lost to a type whose two
-directions disagree (Numeric on SQLite, a normalising TypeDecorator). PostgreSQL types outside the generic ones, and
-JSON, whose SQL NULL and 'null' the driver cannot tell apart, travel as the server's own text form.
+Values are the driver's own, for two reasons:
+
+1. Capture then runs no application code.
+2. Nothing is lost to a type whose two directions disagree (Numeric on SQLite, a normalising TypeDecorator).
+
+Two kinds of values travel as the server's own text: PostgreSQL types without a generic SQLAlchemy type, and JSON, where
+the driver cannot tell SQL NULL from 'null'.
 """
 
 from __future__ import annotations
@@ -55,7 +59,7 @@ from memstate_sa.db.statements import batches
 from memstate_sa.errors import MemstateError
 
 MAX_KEY_CHARS = 2000
-"""A B-tree entry on PostgreSQL holds about 2,700 bytes, entity and ids included."""
+"""The longest key. A B-tree entry on PostgreSQL holds about 2,700 bytes, entity and ids included."""
 
 
 _PLAIN = (
@@ -76,33 +80,33 @@ _PLAIN = (
 
 
 def stored_columns(table: Table) -> list[Column[Any]]:
-    """Without PostgreSQL's own (xmin), which every table has by itself, and nobody can write."""
+    """The columns of *table*, without PostgreSQL's system columns such as xmin, which cannot be written."""
     return [column for column in table.columns if not column.system]
 
 
 def logged_columns(table: Table, excluded: Collection[str]) -> list[Column[Any]]:
-    """Those that an image holds: `stored_columns` without the names that are *excluded*."""
+    """The columns of an image: `stored_columns` without the *excluded* names."""
     return [column for column in stored_columns(table) if column.name not in excluded]
 
 
 def columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column[Any]]]:
-    """Those that refer, and those that they refer to."""
+    """The referring columns of *fk*, and the columns that they refer to."""
     return [element.parent for element in fk.elements], [element.column for element in fk.elements]
 
 
 def values_of(image: Mapping[str, Any] | None, columns: Iterable[Column[Any]]) -> tuple[Any, ...] | None:
-    """What *image* has in *columns*; None: nothing that equals anything, or that refers to anything."""
+    """The values of *image* in *columns*. None if one is NULL: then they equal and refer to nothing."""
     values = (None,) if image is None else tuple(hashable(decode(image.get(column.name))) for column in columns)
     return None if None in values else values
 
 
 Refusals: TypeAlias = tuple[type[Exception], ...]
 REFUSALS: Refusals = (TypeError, ValueError, AttributeError, LookupError)
-"""The errors by which a type says that it does not take a value."""
+"""The errors of a type that refuses a value."""
 
 
 def _unless_refused(process: Callable[[Any], Any], value: Any, refusals: Refusals = REFUSALS) -> Any:
-    """What *process* makes of *value*; the value as it is, where the type does not take it."""
+    """The result of *process* for *value*, or *value* itself if the type refuses it."""
     try:
         return process(value)
     except refusals:
@@ -110,7 +114,7 @@ def _unless_refused(process: Callable[[Any], Any], value: Any, refusals: Refusal
 
 
 def _listed(value: Any) -> Any:
-    """What `hashable` was made from."""
+    """The inverse of `hashable`: lists in place of tuples."""
     return list(map(_listed, value)) if isinstance(value, tuple) else value
 
 
@@ -135,15 +139,15 @@ class TableColumns:
 
     @property
     def of_table(self) -> Mapping[Table, TableColumns]:
-        """Those of each of the tables that make up a row."""
+        """The `TableColumns` of each table of a row."""
         return {self.table: self}
 
     def parts(self, image: Mapping[str, Any] | None) -> dict[Table, Mapping[str, Any] | None]:
-        """What *image* says of each of the tables: None where there is no row."""
+        """The part of *image* for each table. None when the table has no row."""
         return {self.table: image}
 
     def differ(self, one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-        """Whether two images say that a row, in any of its tables, is another one."""
+        """Whether two images differ in any table of the row."""
         parts, other_parts = self.parts(one), self.parts(other)
         return any(differ(parts[table], other_parts[table]) for table in parts)
 
@@ -154,20 +158,20 @@ class TableColumns:
     # -- expressions ---------------------------------------------------------------------------------------------
 
     def travels_as_text(self, column: Column[Any]) -> bool:
-        """Whether *column* is read in the server's own text form."""
+        """Whether *column* is read as the server's own text."""
         if self.database.has_dynamic_types:
             return False
         impl = self._impl[column.name]
         if isinstance(impl, sqltypes.ARRAY):
             impl = implementation(impl.item_type, self.dialect)
             if isinstance(impl, Enum) and impl.native_enum:
-                return True  # drivers differ: psycopg does not take an array of them apart
+                return True  # drivers differ here: psycopg does not take such an array apart
         return isinstance(impl, JSON) or not isinstance(impl, _PLAIN)
 
     def _is_interval(self, column: Column[Any]) -> bool:
-        """Whether *column* has more than a timedelta, which is all that a key is looked up by."""
-        is_left_out = column.primary_key or self.database.has_dynamic_types
-        return not is_left_out and isinstance(self._impl[column.name], intervals.KINDS)
+        """Whether *column* may hold intervals that are no timedelta. A key column does not count: see `key_values`."""
+        is_timedelta = column.primary_key or self.database.has_dynamic_types
+        return not is_timedelta and isinstance(self._impl[column.name], intervals.KINDS)
 
     def raw(self, column: Column[Any]) -> ColumnElement[Any]:
         """*column* as the driver reads it, for a SELECT."""
@@ -176,14 +180,14 @@ class TableColumns:
             return type_coerce(text, intervals.RawInterval()).label(column.name)
         if self.travels_as_text(column):
             return type_coerce(cast(column, Text), RAW).label(column.name)
-        return type_coerce(column, RAW).label(column.name)  # as it is stored, whatever expression reads it
+        return type_coerce(column, RAW).label(column.name)  # without the type's own column_expression
 
     def raw_bind(self, column: Column[Any], value: Any) -> ColumnElement[Any]:
-        """A driver value for an INSERT or UPDATE of *column*."""
+        """A driver-level *value* for an INSERT or UPDATE of *column*."""
         return self._as_stored(column, bindparam(None, value, type_=self._bind_type(column), unique=True))
 
     def raw_parameter(self, column: Column[Any], name: str) -> ColumnElement[Any]:
-        """The same, as the parameter *name* of many executions."""
+        """The parameter *name* for driver-level values of *column*, for many executions."""
         return self._as_stored(column, bindparam(name, type_=self._bind_type(column)))
 
     def _bind_type(self, column: Column[Any]) -> TypeEngine[Any]:
@@ -192,14 +196,14 @@ class TableColumns:
     def _as_stored(self, column: Column[Any], value: BindParameter[Any]) -> ColumnElement[Any]:
         if self.database.has_dynamic_types:
             return value
-        # Of a parameter that is a range, for example, asyncpg takes no text.
+        # The inner cast is for asyncpg, which takes no text for a parameter of type range, for example.
         is_text = self.travels_as_text(column) or self._is_interval(column)
         return cast(cast(value, Text) if is_text else value, column.type)
 
     def find(
         self, connection: Connection, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]
     ) -> list[tuple[str, tuple[Any, ...]]]:
-        """The keys of the rows that have one of *values* (driver-level) in *columns*, and which."""
+        """The keys of the rows that have one of *values* (driver-level) in *columns*, each with its value."""
         selected = [*self.table.primary_key.columns, *columns]
         statement: Select[Any] = select(*(self.raw(column).label(f"n{n}") for n, column in enumerate(selected)))
         pairs = []
@@ -210,25 +214,25 @@ class TableColumns:
         return pairs
 
     def _having(self, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:
-        """One of *values* in *columns*."""
+        """SQL for "*columns* have one of *values*"."""
         if not any(isinstance(self._impl[column.name], sqltypes.ARRAY) for column in columns):
             parameter: BindParameter[Any] = bindparam("values", list(values), expanding=True)
             return tuple_(*(type_coerce(column, RAW) for column in columns)).in_(parameter)
-        # What an array is of, PostgreSQL knows of a parameter by itself, not of one in a row.
+        # PostgreSQL infers the item type of an array parameter on its own, but not within a row of parameters.
         rows = [zip(columns, map(_listed, value), strict=True) for value in values]
         return or_(*(and_(*(column == self.raw_bind(column, item) for column, item in row)) for row in rows))
 
     @cached_property
     def key_in(self) -> ColumnElement[bool]:
-        """``key IN (:keys)`` for the parameter `key_parameters` makes."""
+        """``key IN (:keys)``. `key_parameters` makes the parameter."""
         keys: BindParameter[Any] = bindparam("keys", expanding=True, type_=RAW)
         columns = list(self.table.primary_key.columns)
         if len(columns) == 1:
             kind = implementation(columns[0].type, self.dialect)
             is_plain = isinstance(kind, (sqltypes.Integer, sqltypes.String)) and not isinstance(kind, sqltypes.Enum)
             if is_plain and self.database.has_arrays:
-                # One parameter, one text: a thousand of them cost more to send than to look up. Of the widest type:
-                # a column of fewer bits has no row for a key that does not fit.
+                # One array is one parameter. A thousand parameters would cost more to send than to look up. The array
+                # has the widest type, so that a key too large for the column finds no row, and is no error.
                 kind = BigInteger() if isinstance(kind, sqltypes.Integer) else kind
                 return type_coerce(columns[0], kind) == any_(bindparam("keys", type_=sqltypes.ARRAY(kind)))
             return type_coerce(columns[0], RAW).in_(keys)
@@ -250,27 +254,27 @@ class TableColumns:
         return any(is_read_by_database(self._impl[name], self.database) for name in self.key_names)
 
     def driver_key(self, key: str) -> tuple[Any, ...] | None:
-        """The values of a canonical *key* as the driver takes them; None when no row can have this key."""
+        """The values of a canonical *key* as the driver takes them. None when no row can have this key."""
         values = decoded(key)
         if values is None or len(values) != len(self._key_types):
             return None
         if len(values) == 1 and type(values[0]) is int and int in self._key_types[0]:
-            return values if is_int64(values[0]) else None  # as most keys are: a page has a thousand of them
+            return values if is_int64(values[0]) else None  # a fast path, because most keys are integers
         try:
             return tuple(map(fitted, values, self._key_types))
         except (DoesNotFit, ArithmeticError):
             return None
 
     def possible(self, connection: Connection, keys: Iterable[str]) -> dict[str, tuple[Any, ...]]:
-        """Those of *keys* that a row may have, with their values as the driver takes them.
+        """The *keys* that a row may have, with their values as the driver takes them.
 
-        The database is asked where only it can tell.
+        It asks the database if only the database can tell.
         """
         readable = {key: values for key in keys if (values := self.driver_key(key)) is not None}
         return self._accepted(connection, readable) if readable and self._is_read_by_database else readable
 
     def _accepted(self, connection: Connection, keys: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-        """Those of *keys* that the database does not refuse, found by halving."""
+        """The *keys* that the database accepts. A refused batch is split in halves."""
         statement: Select[Any] = select(literal_column("1")).select_from(self.table).where(self.key_in).limit(1)
         try:
             with tolerate_refusal(connection):
@@ -300,9 +304,9 @@ class TableColumns:
         skip_locked: bool = False,
         where: ColumnElement[bool] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """The images of the rows with these (driver-level) *keys*, by canonical key; absent rows are left out.
+        """The images of the rows with these (driver-level) *keys*, by canonical key.
 
-        *skip_locked*: so are, with *for_update*, those that another transaction holds.
+        Missing rows are left out. With *for_update* and *skip_locked*, so are rows that another transaction has locked.
         """
         statement = self._rows_by_key if where is None else self._rows_by_key.where(where)
         if for_update:
@@ -314,13 +318,13 @@ class TableColumns:
             try:
                 images.update({self.key_of(row): encode_image(self.names, row) for row in rows})
             except TypeError as error:
-                raise MemstateError(f"{self.table.fullname}: {error}") from error
+                raise MemstateError(f"Cannot read a row of {self.table.fullname}. {error}") from error
         return images
 
     def _fetch(self, connection: Connection, statement: Select[Any], parameters: Mapping[str, Any]) -> Sequence[Any]:
-        """The rows of *statement*, which selects every column; with texts for times that the driver refuses to read."""
+        """The rows of *statement*, which selects every column. A time that the driver refuses to read comes as text."""
         try:
-            return connection.execute(statement, parameters).all()  # iterated, it is a fetch a row
+            return connection.execute(statement, parameters).all()  # iteration would fetch one row at a time
         except DataError as error:
             is_of_the_server = getattr(error.orig, "sqlstate", None) is not None
             times = self._times_as_text
@@ -348,14 +352,14 @@ class TableColumns:
         }
 
     def _qualified(self, name: str) -> str:
-        """A column's name in SQL, as `literal_column` takes it."""
+        """The SQL for the column *name*, for `literal_column`."""
         prepare = self.dialect.identifier_preparer
         return f"{prepare.format_table(self.table)}.{prepare.quote(name)}".replace("%%", "%")
 
     def find_rows(
         self, connection: Connection, keys: Iterable[str], *, for_update: bool = False
     ) -> dict[str, dict[str, Any]]:
-        """The images of the rows with these canonical *keys*; a key that no row can have is left out."""
+        """The images of the rows with these canonical *keys*. Keys that no row can have are left out."""
         return self.read(connection, list(self.possible(connection, keys).values()), for_update=for_update)
 
     def lock(
@@ -366,12 +370,12 @@ class TableColumns:
         leaving: bool = False,
         skip_locked: bool = False,
     ) -> set[str]:
-        """Hold the rows of *keys* until the transaction ends: whoever changes another part of them waits.
+        """Lock the rows of *keys* until the transaction ends. Writers of other parts of the same facts wait.
 
-        Returns the canonical keys of the rows that it holds. (The one writer of SQLite holds those that it is given.)
+        Returns the canonical keys of the locked rows. (SQLite has one writer, so there it returns all *keys*.)
 
-        *leaving*: so does whoever writes a row that refers to them. They can go then without taking along, by ON DELETE
-        CASCADE, a row that nobody saw: look for what refers to them afterwards.
+        *leaving*: the rows will be deleted, so writers of rows that refer to them wait too. Look for such rows after
+        this call. Then ON DELETE CASCADE deletes no row that you have not seen.
         """
         if self.database.has_one_writer:
             return set(map(self.encode_key, keys))
@@ -379,13 +383,14 @@ class TableColumns:
         statement: Select[Any] = select(*names).where(self.key_in).order_by(*self._key_order)
         statement = statement.with_for_update(key_share=not leaving, skip_locked=skip_locked)
         parameters = map(self.key_parameters, batches(keys))
-        return {self.encode_key(row) for each in parameters for row in connection.execute(statement, each).all()}
+        return {self.encode_key(row) for batch in parameters for row in connection.execute(statement, batch).all()}
 
     @cached_property
     def _key_order(self) -> list[ColumnElement[Any]]:
-        """The order in which rows are locked: that of the unit of work, which sorts keys in Python.
+        """The order of locks: the same as that of the unit of work, which sorts keys in Python.
 
-        Two sessions that lock the same rows in two orders wait for each other. A collation has another order.
+        Two sessions that lock the same rows in different orders could wait for each other. A collation may have a
+        different order than Python.
         """
         columns: list[Any] = list(self.table.primary_key.columns)
         if self.database.has_one_writer:
@@ -393,22 +398,22 @@ class TableColumns:
         return [cast(c, Text).collate("C") if isinstance(self._impl[c.name], String) else c for c in columns]
 
     def key_of(self, row: Sequence[Any]) -> str:
-        """The canonical key of a row selected with `raw` for every column."""
+        """The canonical key of a row that was selected with `raw` columns."""
         return self.encode_key([row[position] for position in self._key_positions])
 
     def encode_key(self, values: Sequence[Any]) -> str:
         key = encode_key(values)
         if len(key) > MAX_KEY_CHARS:
             raise MemstateError(
-                f"a primary key of {self.table.fullname} takes {len(key)} characters; at most {MAX_KEY_CHARS} can be "
-                "tracked"
+                f"Cannot track a row of {self.table.fullname}: its primary key has {len(key)} characters as JSON. The "
+                f"limit is {MAX_KEY_CHARS}."
             )
         return key
 
     # -- conversions -----------------------------------------------------------------------------------------------
 
     def raw_key(self, identity: Sequence[Any]) -> tuple[Any, ...]:
-        """Driver-level key values of an ORM *identity*."""
+        """The driver-level key values of an ORM *identity*."""
         if self._key_is_raw:
             return tuple(identity)
         return tuple(
@@ -416,66 +421,69 @@ class TableColumns:
         )
 
     def canonical(self, key: Any) -> str:
-        """The canonical key of a primary key as the ORM has it: one value, or a tuple."""
+        """The canonical key of an ORM primary key, which is one value or a tuple."""
         identity = key if isinstance(key, tuple) else (key,)
         if len(identity) != len(self.key_names):
-            raise MemstateError(f"key={key!r}: {self.table.fullname} is keyed by {', '.join(self.key_names)}")
+            raise MemstateError(
+                f"Cannot use key={key!r}: the primary key of {self.table.fullname} is {', '.join(self.key_names)}. "
+                "Give one value for each column."
+            )
         binds = zip(self._key_binds, identity, strict=True)
-        # The log may know a key that is not of today's type.
+        # The log may have a key that does not fit today's type.
         return self.canonical_raw([v if bind is None else _unless_refused(bind, v) for bind, v in binds])
 
     def canonical_raw(self, key: Sequence[Any]) -> str:
-        """The canonical key of `raw_key`, as far as Python can tell: the database may hold another form of it."""
+        """The canonical key of a `raw_key`, as far as Python can tell. The database may store another form of it."""
         if self._key_is_read_raw:
             return self.encode_key(key)
         return self.encode_key(list(map(self._as_read, self.table.primary_key.columns, key)))
 
     def _as_read(self, column: Column[Any], value: Any) -> Any:
-        """What the driver reads, of what it is given: psycopg wraps bytes, and an address is read as text."""
+        """A bound *value* in the form that the driver reads: bytes without psycopg's wrapper, an address as text."""
         value = getattr(value, "obj", value)
         return str(value) if self.travels_as_text(column) and value is not None else value
 
     def identity(self, key: str) -> tuple[Any, ...]:
-        """The ORM identity of a canonical *key*; one that no row can have stays as it is written."""
+        """The ORM identity of a canonical *key*. A key that no row can have stays as it is."""
         values = self.driver_key(key)
         if values is None:
             return decoded(key) or (key,)
         return tuple(self.to_python(name, value) for name, value in zip(self.key_names, values, strict=True))
 
     def to_python(self, name: str, value: Any, refusals: Refusals = REFUSALS) -> Any:
-        """*value* as the ORM would load it; one that the type of today refuses stays as it is stored."""
+        """*value* as the ORM would load it, or as it is stored if today's type refuses it."""
         process = self._to_python.get(name)
         return value if process is None else _unless_refused(process, value, refusals)
 
     def to_raw(self, name: str, value: Any) -> Any:
-        """What the driver is given for a value as the ORM takes it; one that is the driver's already stays as it is."""
+        """The driver-level value for an ORM *value*. A value that is driver-level already stays as it is."""
         column = self.by_name.get(name)
         bind = None if column is None else column.type.dialect_impl(self.dialect).bind_processor(self.dialect)
         if bind is None:
             return value
         raw = _unless_refused(bind, value)
-        inner = getattr(raw, "obj", raw)  # psycopg wraps what it is given of some types, and reads it bare
+        inner = getattr(raw, "obj", raw)  # psycopg wraps values of some types on the way in
         if inner is not raw and isinstance(self._impl[name], JSON):
             return (getattr(self.dialect, "_json_serializer", None) or json.dumps)(inner)
         return inner
 
     def values(self, image: dict[str, Any], refusals: Refusals = REFUSALS) -> dict[str, Any]:
-        """An image's values as the ORM would load them; columns that are no longer there keep their stored form."""
+        """An image's values as the ORM would load them. Columns that no longer exist keep their stored form."""
         names = [name for name in self.names if name in image]  # JSONB does not keep the order
         names += [name for name in image if name not in self._impl]
         return {name: self.to_python(name, decode(image[name]), refusals) for name in names}
 
     def past_values(self, image: dict[str, Any]) -> dict[str, Any]:
-        """The same of an old row, at which a type may raise any error: its encryption may have lost a key."""
+        """The `values` of an old image. A type may raise any error there: a key of its encryption may be lost."""
         return self.values(image, (Exception,))
 
     def _result_processor(self, column: Column[Any]) -> Callable[[Any], Any] | None:
         impl = self._impl[column.name]
-        # psycopg's numeric processors choose by the OID of the column: numeric (1700) or float8 (701).
+        # psycopg's numeric processors depend on the OID of the column: numeric (1700) or float8 (701).
         oid = 701 if isinstance(impl, Float) else 1700
         process = column.type.dialect_impl(self.dialect).result_processor(self.dialect, oid)
         if isinstance(impl, JSON) and self.travels_as_text(column):
-            # The driver would have parsed it, so the type's own processor expects it parsed.
+            # The type's own processor expects a parsed value, because the driver normally parses it.
             loads = getattr(self.dialect, "_json_deserializer", None) or json.loads
 
             def parse(value: Any) -> Any:
@@ -485,5 +493,5 @@ class TableColumns:
             return parse
         if self._is_interval(column):
             return intervals.as_timedelta if process is None else lambda value: process(intervals.as_timedelta(value))
-        is_enum_array = isinstance(impl, sqltypes.ARRAY) and isinstance(impl.item_type, Enum)  # reads the text
+        is_enum_array = isinstance(impl, sqltypes.ARRAY) and isinstance(impl.item_type, Enum)  # it parses the text
         return process if is_enum_array or not self.travels_as_text(column) else None

@@ -1,4 +1,4 @@
-"""Conditions by which rows are found by composite keys."""
+"""Conditions that find rows by composite keys."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class rows_in(FunctionElement[bool]):
     type = Boolean()
 
     def self_group(self, against: Any = None) -> rows_in:
-        return self  # a condition as it is: "= 1", which SQLite is given for a boolean, would hide it from the index
+        return self  # without the "= 1" that SQLAlchemy adds for a boolean on SQLite, which would prevent index use
 
 
 class rows_are(rows_in):
-    """The same where a part of a key may be NULL, as SQLite has it: then without the index."""
+    """Like `rows_in`, for keys with NULL in a part, which SQLite allows. There it does not use the index."""
 
     inherit_cache = True
 
@@ -33,9 +33,9 @@ def _rows_in_any(element: Any, compiler: Any, **kw: Any) -> str:
 
 @compiles(rows_in, "sqlite")
 def _rows_in_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    """Of a bare list of VALUES, SQLite makes a scan of the table."""
+    """Select from the VALUES, because SQLite scans the table for a bare list of VALUES."""
     row, keys = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{row} IN (SELECT * FROM {keys})"  # noqa: S608  # of parameters
+    return f"{row} IN (SELECT * FROM {keys})"  # noqa: S608  # keys are parameters
 
 
 @compiles(rows_are, "sqlite")

@@ -1,4 +1,4 @@
-"""The Session behind what an application has: a Session, a scoped_session, or their async counterparts."""
+"""The Session behind an application's session object: a Session, a scoped_session, or their async counterparts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ AnySession: TypeAlias = "SyncSession | AwaitedSession"
 
 
 def in_scope(session: Any) -> Any:
-    """The session of this scope, if *session* is a scoped_session or an async_scoped_session; else itself."""
+    """The current session if *session* is a scoped_session or an async_scoped_session, otherwise *session* itself."""
     return session() if hasattr(session, "registry") else session
 
 
 def sync_session(session: Any) -> Session:
-    """The Session that *session* is, stands for (scoped_session), or has (AsyncSession)."""
+    """The Session behind *session*, which may be a scoped_session or an AsyncSession."""
     current = in_scope(session)
     sync = getattr(current, "sync_session", current)
     if not isinstance(sync, Session):
-        raise MemstateError(f"{session!r} is not a Session")
+        raise MemstateError(f"session={session!r} is not a Session. Pass a Session, AsyncSession or scoped_session.")
     return sync
 
 
@@ -40,5 +40,5 @@ def blocking_session(session: Any, method: str) -> Session:
 
 
 def writing_connection(session: Session, mapper: Mapper[Any]) -> Connection:
-    """The connection on which *session* writes rows of *mapper*. A Session may read from another one, of a replica."""
+    """The connection on which *session* writes rows of *mapper*. The Session may read from another, a replica."""
     return session.connection(bind_arguments={"mapper": mapper, "clause": update(mapper)})

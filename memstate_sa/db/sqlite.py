@@ -1,9 +1,13 @@
-"""SQLite as memstate_sa wants it: WAL, and transactions that begin when, and as strongly as, they must.
+"""The configuration of SQLite engines: WAL, and transactions that begin with BEGIN IMMEDIATE at the first write.
 
-The driver's own transactions begin at the first INSERT, too late for a SAVEPOINT before it, whose rows then survive a
-rollback. A deferred BEGIN fails with "database is locked" when it turns from reading to writing beside another writer;
-BEGIN IMMEDIATE from the first read starves that other writer. So: BEGIN IMMEDIATE before the first statement that is
-not a SELECT. Reads before it see each the latest commit.
+Other ways to begin do not work:
+
+- The driver begins at the first INSERT. A SAVEPOINT before it is then outside of the transaction, and its rows survive
+  a rollback.
+- A deferred BEGIN fails with "database is locked" when a reader begins to write beside another writer.
+- BEGIN IMMEDIATE at the first read makes other writers wait for readers.
+
+So BEGIN IMMEDIATE runs before the first statement that is not a SELECT. Each read before it sees the latest commit.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ _CONFIGURED = "memstate_configured"
 
 
 class Watcher(Protocol):
-    """Looks at each transaction that is about to write, and may refuse it."""
+    """A hook that runs before each transaction that will write. It refuses the transaction by raising."""
 
     def before_begin(self, connection: Connection) -> None: ...
 
@@ -42,11 +46,11 @@ _watching = threading.Lock()
 
 
 def watch(watcher: Watcher) -> None:
-    """Have *watcher* look at what begins on engines that are configured, until it is collected or `unwatch` is called.
+    """Call *watcher* when a transaction begins on a configured engine, until it is collected or `unwatch` is called.
 
-    It may be that of another engine on the same file.
+    The engine may be any engine on any file.
     """
-    global _watchers  # noqa: PLW0603  # replaced as a whole: it is read without the lock
+    global _watchers  # noqa: PLW0603  # replaced as a whole, because readers take no lock
     with _watching:
         _watchers = (*(reference for reference in _watchers if reference() is not None), weakref.ref(watcher))
 
@@ -58,10 +62,10 @@ def unwatch(watcher: Watcher) -> None:
 
 
 def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
-    """Give *engine* (or an AsyncEngine) explicit transactions and WAL; returns it. Idempotent.
+    """Give *engine* (or an AsyncEngine) explicit transactions and WAL, and return it. Idempotent.
 
     Call it before the engine's first connection. Writers wait up to *busy_timeout_s* seconds for each other. An engine
-    of another database is left as it is: which one it is may be configuration.
+    of another database is left as it is, so that the database can be a matter of configuration.
     """
     sync: Engine = getattr(engine, "sync_engine", engine)
     if find_database(sync) is not SQLITE or getattr(sync, _CONFIGURED, False):
@@ -70,7 +74,7 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
 
     @event.listens_for(sync, "connect")
     def _connect(dbapi_connection: Any, record: Any) -> None:
-        dbapi_connection.isolation_level = None  # the driver begins nothing by itself
+        dbapi_connection.isolation_level = None  # the driver must not begin transactions itself
         cursor = dbapi_connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}")
         _use_wal(cursor, time.monotonic() + busy_timeout_s)
@@ -90,7 +94,7 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
 
 
 def begin_to_write(connection: Connection) -> bool:
-    """Begin as the one writer, where the engine is configured and has not begun. Returns whether it did."""
+    """Begin as the one writer, if the engine is configured and no transaction has begun. Returns whether it did."""
     return bool(getattr(connection.engine, _CONFIGURED, False)) and _begin_to_write(connection)
 
 
@@ -105,18 +109,18 @@ def _begin_to_write(connection: Connection) -> bool:
 
 
 def _roll_back(dbapi_connection: Any, *_: Any) -> None:
-    """Before a connection is closed: end its transaction.
+    """End the transaction of a connection before it is closed.
 
-    An interrupted or cancelled statement leaves its cursor in a traceback. While a cursor lives, SQLite only closes
-    the connection in part, and its transaction keeps the write lock until the garbage collector comes.
+    An interrupted or cancelled statement leaves its cursor in a traceback. While a cursor lives, SQLite closes the
+    connection only in part. Its transaction then keeps the write lock until the garbage collector runs.
     """
-    with suppress(Exception):  # of another thread, or closed already
+    with suppress(Exception):  # the connection may belong to another thread, or be closed already
         worker = getattr(dbapi_connection, "_connection", None)
         if worker is None:
             dbapi_connection.rollback()
         else:
-            # aiosqlite closes in a thread of its own, which takes its orders one by one. The garbage collector may be
-            # the caller, so nothing can be awaited here.
+            # aiosqlite closes in a thread of its own, which works through a queue. The garbage collector may be the
+            # caller, so nothing can be awaited here.
             worker._tx.put_nowait((_future(), worker._conn.rollback))
 
 
@@ -128,9 +132,9 @@ def _future() -> Any:
 
 
 def _reads(statement: str, context: Any) -> bool:
-    """By its first word; after WITH there may be anything, which only a compiled statement tells.
+    """Whether *statement* needs no transaction, judged by its first word. Some, such as VACUUM, must not be in one.
 
-    Some do more than read, and fail in a transaction.
+    After WITH there may be a read or a write. Only a compiled statement tells which.
     """
     first = statement.lstrip()[:8].upper()
     if first.startswith("WITH"):
@@ -139,9 +143,9 @@ def _reads(statement: str, context: Any) -> bool:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    """By the driver, as `exec_driver_sql` takes longer for it than a small INSERT; so no event and no echo tells of it.
+    """Run BEGIN IMMEDIATE by the driver, because `exec_driver_sql` takes longer than a small INSERT.
 
-    What it raises is what SQLAlchemy would raise.
+    So no event and no echo shows it. Its errors are the same as SQLAlchemy's.
     """
     dbapi: Any = connection.dialect.loaded_dbapi
     cursor = connection.connection.cursor()
@@ -154,36 +158,36 @@ def _begin_immediate(connection: Connection) -> None:
 
 
 def _use_wal(cursor: Any, deadline: float) -> None:
-    """This pragma does not wait for another connection that opens or closes the file just now, whatever the timeout."""
+    """Switch to WAL, and try again while busy: this pragma ignores the timeout when others open or close the file."""
     while True:
         try:
             cursor.execute("PRAGMA journal_mode = WAL")
             return
         except sqlite3.OperationalError as error:
-            # The low byte: what follows it tells why it is busy.
+            # The low byte is the error itself. The higher bytes give the reason.
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.005)
 
 
 class SavepointWarning(UserWarning):
-    """What a SAVEPOINT writes on this engine survives the ROLLBACK around it."""
+    """Rows that a SAVEPOINT writes on this engine survive the ROLLBACK of its transaction."""
 
 
 def warn_of_savepoints(connection: Connection) -> None:
-    """SavepointWarning, where the driver begins transactions by itself: at the first INSERT, not at a SAVEPOINT."""
+    """Warn (SavepointWarning) if the driver itself begins transactions: at the first INSERT, and not at a SAVEPOINT."""
     driver = connection.connection.driver_connection
     legacy = getattr(driver, "autocommit", -1) == -1  # Python 3.12 has other modes
     if not getattr(connection.engine, _CONFIGURED, False) and legacy and driver.isolation_level is not None:  # type: ignore[union-attr]
         warn(
-            f"{connection.engine!r}: a SAVEPOINT that is rolled back with its transaction may keep its rows, as "
-            "pysqlite begins too late; memstate_sa.sqlite.configure(engine) mends it",
+            f"Rows of a SAVEPOINT may survive a rollback on {connection.engine!r}: pysqlite begins transactions too "
+            "late. Call memstate_sa.sqlite.configure(engine).",
             SavepointWarning,
         )
 
 
 def leaks_savepoints(engine: Engine) -> bool:
-    """Whether what a SAVEPOINT wrote survives the ROLLBACK around it, because the driver had not begun. Tried out."""
+    """Whether rows of a SAVEPOINT survive the ROLLBACK of its transaction. Tries it out on a temporary table."""
     probe = text("SELECT count(*) FROM memstate_probe")
     with engine.connect() as connection:
         connection.exec_driver_sql("CREATE TEMP TABLE memstate_probe (n INTEGER)")
@@ -201,18 +205,18 @@ def leaks_savepoints(engine: Engine) -> bool:
 
 
 def is_busy(error: DBAPIError) -> bool:
-    """Whether the driver says that another connection has the database, for longer than it waits."""
-    # The low byte: what follows it tells why it is busy.
+    """Whether *error* says that another connection kept the database busy for longer than the timeout."""
+    # The low byte is the error itself. The higher bytes give the reason.
     return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def may_write(connection: Connection) -> bool:
-    """Whether the transaction is the one writer already. That of an engine which is not configured may only read."""
+    """Whether the transaction surely is the one writer already. Without `configure`, it may have only read."""
     return bool(getattr(connection.engine, _CONFIGURED, False)) and in_transaction(connection)
 
 
 def is_in_memory(engine: Engine) -> bool:
-    """Whether all of *engine*'s users share one connection, because the database lives and dies with it."""
+    """Whether all users of *engine* share one connection, because the database lives in it."""
     if not database_of(engine).runs_in_process:
         return False
     database = engine.url.database or ":memory:"
@@ -221,17 +225,18 @@ def is_in_memory(engine: Engine) -> bool:
 
 
 def require_no_transaction(engine: Engine) -> None:
-    """Raise where a connection of ours would be the application's own, in the middle of its transaction."""
+    """Raise if our connection would be the application's own connection, in the middle of its transaction."""
     if is_in_memory(engine) and open_transaction(engine):
         raise MemstateError(
-            "a transaction is open on the only connection of this in-memory SQLite: end it first, or use a file"
+            "Cannot use this in-memory SQLite now: a transaction is open on its only connection. End it first, or use "
+            "a file."
         )
 
 
 def open_transaction(engine: Engine) -> bool:
-    """Whether the only connection of an in-memory database has begun."""
+    """Whether a transaction is open on the only connection of an in-memory database."""
     if isinstance(engine.pool, StaticPool):
-        # Looked at, not checked out: giving it back would roll the application's transaction back.
+        # Do not check the connection out: its return would roll back the application's transaction.
         return bool(getattr(engine.pool.connection.dbapi_connection, "in_transaction", False))
     with engine.connect() as connection:
         return in_transaction(connection)

@@ -1,4 +1,4 @@
-"""What is SQLite's own. See `dialects.Database`; `sqlite` prepares its engines and looks at its transactions."""
+"""The SQLite implementation of `dialects.Database`. The module `sqlite` configures engines and transactions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _naming = text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND i
 
 
 def in_transaction(connection: Connection) -> bool:
-    """Whether the driver's connection has begun."""
+    """Whether the driver's connection has begun a transaction."""
     return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
 
 
@@ -42,7 +42,7 @@ class Sqlite:
 
     @contextmanager
     def snapshot(self, engine: Engine) -> Iterator[Connection]:
-        """By a BEGIN of our own, which takes no lock that a writer would wait for."""
+        """A plain BEGIN of our own takes no lock that a writer would wait for."""
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("BEGIN")
             try:
@@ -59,23 +59,23 @@ class Sqlite:
             connection.exec_driver_sql("PRAGMA query_only = OFF")
 
     def prefer_temporary_tables(self, connection: Connection) -> None:
-        """It always does."""
+        """Do nothing: SQLite always prefers them."""
 
     def limit_transaction(self, connection: Connection, seconds: float) -> None:
-        """A process that has ended holds no lock, and the driver limits the waits."""
+        """Do nothing: a process that has ended holds no lock, and the driver limits the waits."""
 
     def cluster(self, connection: Connection) -> str | None:
         return None
 
     def lock_creation(self, connection: Connection) -> None:
-        if not in_transaction(connection):  # else a listener of the application's has begun
+        if not in_transaction(connection):  # a listener of the application may have begun one
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     def create_tables(self, connection: Connection, metadata: MetaData, tables: list[Table]) -> None:
         metadata.create_all(connection, tables=tables, checkfirst=False)
 
     def rename_table(self, connection: Connection, old: str, table: Table) -> None:
-        """Copy the rows: SQLite cannot rename a constraint, and would write another name into triggers."""
+        """Copy the rows, because SQLite cannot rename a constraint, and would change the text of triggers."""
         new = str(table.name)
         table.create(connection, checkfirst=True)
         names = ", ".join(column.name for column in table.columns)
@@ -87,10 +87,10 @@ class Sqlite:
         connection.exec_driver_sql(f"DROP TABLE {old}")
 
     def skip_keys(self, connection: Connection, table: Table, highest: int) -> None:
-        """SQLite sees to it by itself."""
+        """Do nothing: SQLite does this itself."""
 
     def vacuum(self, engine: Engine, tables: list[Table], deadline: float) -> None:
-        pooled = engine.raw_connection()  # below the listeners that would begin a transaction
+        pooled = engine.raw_connection()  # avoids the listeners that would begin a transaction
         try:
             connection: Any = pooled.driver_connection
             [patience_ms] = connection.execute("PRAGMA busy_timeout").fetchone()
@@ -102,7 +102,8 @@ class Sqlite:
                 connection.execute(f"PRAGMA busy_timeout = {patience_ms}")
             if busy:
                 raise MemstateError(
-                    "a transaction is open that reads what the database was before the purge: end it, and purge again"
+                    "Cannot purge: a transaction from before the purge is still open, and may read erased data. End "
+                    "it, and purge again."
                 )
         finally:
             pooled.close()

@@ -1,4 +1,4 @@
-"""Parts of statements that every module uses: batches, the write lock of SQLite."""
+"""Helpers for statements: batches, and the write lock of SQLite."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def batches(items: Sequence[T], size: int = READ_CHUNK) -> Iterator[Sequence[T]]
 
 
 def take_write_lock(connection: Connection) -> None:
-    """Where there is one writer, become it now: what is read next stays true until this transaction ends.
+    """Become the writer now, if the database has only one. Later reads then stay true until this transaction ends.
 
-    Elsewhere rows are locked instead. A DELETE that matches nothing takes the lock, begins the transaction in the
-    driver's legacy mode too, and writes nothing.
+    Other databases lock rows instead. A DELETE that matches no row takes the lock, and also begins the transaction in
+    the driver's legacy mode.
     """
     if database_of(connection).has_one_writer and not sqlite.begin_to_write(connection):
         connection.execute(_nothing)
@@ -37,7 +37,7 @@ def take_write_lock(connection: Connection) -> None:
 
 @contextmanager
 def writing(engine: Engine, isolation_level: str) -> Iterator[Connection]:
-    """A transaction that is about to write, in *isolation_level* where the database has more than one."""
+    """A transaction that will write. *isolation_level* applies if the database has more than one level."""
     options = database_of(engine).isolation(isolation_level)
     with engine.connect().execution_options(**options) as connection, connection.begin():
         take_write_lock(connection)
@@ -48,6 +48,6 @@ _nothing: Delete = delete(outbox).where(false())
 
 
 def upsert_select(database: Database, table: Table, values: Mapping[str, ColumnElement[Any]]) -> Any:
-    """An INSERT of *values*, by column, that can say ON CONFLICT."""
-    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
+    """An INSERT of *values*, by column, that supports ON CONFLICT."""
+    # Without a WHERE, SQLite reads ON CONFLICT as the ON of a join.
     return database.upsert(table).from_select(list(values), select(*values.values()).where(true()))

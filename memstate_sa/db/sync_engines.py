@@ -1,4 +1,4 @@
-"""`SyncEngines`: the sync engines of one Memory, for threads, on the URLs of AsyncEngines."""
+"""`SyncEngines`: the sync engines of one Memory. Threads use them in place of AsyncEngines."""
 
 from __future__ import annotations
 
@@ -16,33 +16,36 @@ if TYPE_CHECKING:
 
 
 class SyncEngines:
-    """One sync engine for each URL of an AsyncEngine: made when it is first needed, or given by the application."""
+    """One sync engine for each URL of an AsyncEngine. The application gives it, or it is made at first use."""
 
     def __init__(self) -> None:
         self.by_url: dict[URL, Engine] = {}
         self._own: list[Engine] = []
 
     def sync_engine(self, engine: Engine | AsyncEngine, use: Engine | None = None) -> Engine:
-        """*engine*, or the sync engine on the URL of an AsyncEngine: *use*, if there was none before."""
+        """*engine* itself, or a sync engine for an AsyncEngine. *use* is taken if its URL has none yet."""
         if isinstance(engine, Engine):
             missing_tables.explain(engine)
             return engine
         if not hasattr(engine, "sync_engine"):
-            raise MemstateError(f"{engine!r} is not an Engine; sqlalchemy.create_engine(url) makes one")
+            raise MemstateError(f"engine={engine!r} is not an Engine. Create one with sqlalchemy.create_engine(url).")
         url: URL = engine.url
         sync = self.by_url.get(url) if use is None else self.by_url.setdefault(url, use)
         if sync is None:
             if is_in_memory(engine.sync_engine):
-                raise MemstateError("an in-memory SQLite exists in the AsyncEngine's connection only; use a file")
+                raise MemstateError(
+                    "Cannot use an in-memory SQLite with an AsyncEngine here: only its own connection can see the "
+                    "data. Use a file."
+                )
             own = blocking_engine(url)
             sync = self.by_url.setdefault(url, own)
             if sync is own:
-                self._own.append(own)  # else another thread was first; this one has no connections
+                self._own.append(own)  # otherwise another thread was first, and this engine is not used
         missing_tables.explain(sync)
         return sync
 
     def for_threads(self, engine: Engine | AsyncEngine) -> Engine:
-        """*engine*, or one like it that a thread can use; also of the sync engine inside an AsyncEngine."""
+        """*engine*, or a sync engine on its URL if it is async, or the sync engine inside an AsyncEngine."""
         if isinstance(engine, Engine) and engine.dialect.is_async:
             from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -50,6 +53,6 @@ class SyncEngines:
         return self.sync_engine(engine)
 
     def dispose(self) -> None:
-        """Close the connections of the engines that were made here."""
+        """Close the connections of the engines that this object made."""
         for engine in self._own:
             engine.dispose()

@@ -1,8 +1,9 @@
-"""The tables of memstate_sa: the log, the outbox, and what the relay knows of each index.
+"""The tables of memstate_sa: the log, the outbox, and the relay's state for each index.
 
-They live in a MetaData of their own (`memstate_sa.metadata`), so that an application's tables need no change. Alembic
-renders them into migrations that need no import of ours and run on both databases, whichever they were made on: so no
-type, default or condition here is of ours, or compiled for one database.
+They have a MetaData of their own (`memstate_sa.metadata`), so that an application's tables need no change.
+
+A migration that Alembic generates from them must run on both databases, without an import of memstate_sa. So types,
+defaults and conditions here are SQLAlchemy's own, and are not compiled for one database.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ metadata = MetaData(
 
 
 class current_xid(FunctionElement[int]):
-    """The writing transaction's xid, of 64 bits; 0 where the single writer makes id order commit order (SQLite)."""
+    """The xid (64 bits) of the writing transaction. On SQLite it is 0: with one writer, ids are in commit order."""
 
     type = BigInteger()
     inherit_cache = True
@@ -64,7 +65,7 @@ def _current_xid_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 
 
 class statement_snapshot(FunctionElement[str]):
-    """The snapshot of an INSERT … SELECT, in the first of its rows; nothing on SQLite."""
+    """The snapshot of an INSERT … SELECT, for its first row only. NULL on SQLite."""
 
     type = Text()
     inherit_cache = True
@@ -81,7 +82,7 @@ def _statement_snapshot_postgresql(element: Any, compiler: Any, **kw: Any) -> st
 
 
 class InvalidTime(ValidationFailed, DontWrapMixin):
-    """A time needs a time zone; nothing was written."""
+    """A time needs a time zone. Nothing was written."""
 
 
 def in_utc(value: Any, name: str = "a time") -> datetime:
@@ -91,17 +92,17 @@ def in_utc(value: Any, name: str = "a time") -> datetime:
             return value.astimezone(UTC)
         except OverflowError:
             pass
-    given = value.isoformat() if isinstance(value, datetime) else f"of type {type(value).__name__}"
-    message = f"{name} is {given}. Give an aware datetime, for example datetime.now(UTC) + timedelta(hours=1)."
+    description = value.isoformat() if isinstance(value, datetime) else f"of type {type(value).__name__}"
+    message = f"{name} is {description}. Give an aware datetime, for example datetime.now(UTC) + timedelta(hours=1)."
     raise InvalidTime(
-        f"Cannot take the time: {message}", errors=[{"type": "timezone_aware", "loc": (name,), "msg": message}]
+        f"Cannot use this time: {message}", errors=[{"type": "timezone_aware", "loc": (name,), "msg": message}]
     )
 
 
 class UTCDateTime(TypeDecorator[datetime]):
     """An aware datetime, in UTC on both databases (SQLite stores no offset)."""
 
-    # Alembic renders a type by its module and its repr: in the database this one is SQLAlchemy's own.
+    # Alembic renders a type from its module and its repr. With these, it renders SQLAlchemy's own DateTime.
     __module__ = "sqlalchemy.types"
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -119,15 +120,15 @@ class UTCDateTime(TypeDecorator[datetime]):
 
 
 class _Jsonb(JSONB):
-    # On SQLite, Alembic prints PostgreSQL's variant as its repr has it, in which Text() is of no module.
+    # On SQLite, Alembic prints the repr of PostgreSQL's variant, and the default repr has a Text() without its module.
     __module__ = JSONB.__module__
 
     def __repr__(self) -> str:
         return f"JSONB(none_as_null={self.none_as_null})"
 
 
-# SQLite has AUTOINCREMENT for INTEGER alone. Without it the id of a deleted last row is given out again, below the
-# relay's cursor, and that change is never delivered.
+# SQLite has AUTOINCREMENT only for INTEGER. Without it the id of a deleted last row is used again. The relay is already
+# past that id, and would never deliver the change.
 _Id = BigInteger().with_variant(Integer(), "sqlite")
 StoredJson = JSON(none_as_null=True).with_variant(_Jsonb(none_as_null=True), "postgresql")
 _Name = String(128)
@@ -142,7 +143,9 @@ log = Table(
     "memstate_log",
     metadata,
     Column("id", _Id, Identity(), primary_key=True),
-    Column("tx", String(32), nullable=False, comment="client-generated; the rows sharing it are one transaction"),
+    Column(
+        "tx", String(32), nullable=False, comment="made by the client; the entries with the same tx are one transaction"
+    ),
     Column("entity", _Name, nullable=False),
     Column("key", Text, nullable=False, comment="JSON array of primary key values"),
     Column("op", String(8), nullable=False, comment="baseline, insert, update or delete"),
@@ -151,13 +154,13 @@ log = Table(
     Column("reverts", String(32), comment="the transaction that this row undoes"),
     Column("step", Boolean(create_constraint=False), nullable=False, comment="whether rollback counts its transaction"),
     Column("at", UTCDateTime, nullable=False),
-    Column("xid", BigInteger, default=current_xid(), comment="of the database's transaction; null in older entries"),
-    Column("snapshot", Text, comment="what the transaction saw then, in one entry of each statement (PostgreSQL)"),
+    Column("xid", BigInteger, default=current_xid(), comment="the database's transaction id; null in old entries"),
+    Column("snapshot", Text, comment="the snapshot of the statement, in one of its entries (PostgreSQL)"),
     sqlite_autoincrement=True,
 )
 Index("ix_memstate_log_key", log.c.entity, log.c.key, log.c.id)
 Index("ix_memstate_log_tx", log.c.tx)
-# rollback() walks backwards over the steps; a backfill of a million baselines must not stand in its way.
+# rollback() walks back over the steps, and must not read a million baselines of a backfill.
 Index("ix_memstate_log_step", log.c.step, log.c.id)
 _reverting = text("reverts IS NOT NULL")
 Index("ix_memstate_log_reverts", log.c.reverts, postgresql_where=_reverting, sqlite_where=_reverting)
@@ -172,7 +175,7 @@ transaction = Table(
     Column("at", UTCDateTime, nullable=False),
     Index(None, "session_id", "at"),
     Index(None, "actor", "at"),
-    comment="labels of a transaction, written when it commits; a transaction may lack one",
+    comment="labels of a transaction, written at its commit; a transaction without labels has no row",
 )
 
 outbox = Table(
@@ -190,12 +193,12 @@ outbox = Table(
         Boolean(create_constraint=False),
         nullable=False,
         default=false(),
-        comment="of a strict transaction, whose xid it carries: what the index holds is not known",
+        comment="announced by a strict transaction (xid): the index may or may not have the change",
     ),
-    # The order of delivery, of every slot: one that leads with the slot would be read in as many places as a holder has
-    # slots, and sorted. SQLite pages by id alone, and would pay for the index at every commit: there it stays empty.
+    # The order of delivery for all slots. An index that begins with the slot would be read once per slot, and then
+    # sorted. SQLite pages by id alone, so its index stays empty and costs nothing at a commit.
     Index("ix_memstate_outbox_xid", "xid", "id", "slot", sqlite_where=text("xid <> 0")),
-    # A search looks for what is undelivered of one class, however long the backlog of the others is.
+    # A search reads the undelivered keys of one class. The backlog of other classes must not slow it down.
     Index("ix_memstate_outbox_entity", "entity", "xid", "id"),
     sqlite_autoincrement=True,
     comment="dirty keys, insert-only: 'this key may have changed'",
@@ -212,8 +215,8 @@ index_state = Table(
     Column("paused", Boolean(create_constraint=False), nullable=False),
     Column("created_at", UTCDateTime, nullable=False),
     Column("active_at", UTCDateTime, nullable=False, comment="when a relay last claimed or left it"),
-    Column("cluster", Text, comment="PostgreSQL's, and its timeline: of which the positions are"),
-    comment="every lifetime of every index that has been delivered to",
+    Column("cluster", Text, comment="the PostgreSQL cluster and timeline of the positions"),
+    comment="the incarnations of the indexes",
 )
 
 holder = Table(
@@ -223,7 +226,7 @@ holder = Table(
     Column("incarnation", _Name, primary_key=True),
     Column("owner", Text, primary_key=True),
     Column("lease_until", UTCDateTime, nullable=False),
-    comment="who delivers to an index; one lease for all of its slots",
+    comment="the owners that deliver to an index, with one lease for all of their slots",
 )
 
 cursor = Table(
@@ -232,11 +235,11 @@ cursor = Table(
     Column("index", _Name, primary_key=True),
     Column("incarnation", _Name, primary_key=True),
     Column("slot", SmallInteger, primary_key=True, autoincrement=False),
-    Column("snapshot", Text, nullable=False, comment="all that this snapshot sees is delivered"),
-    Column("xid", BigInteger, nullable=False, comment="and of this transaction"),
-    Column("position", BigInteger, nullable=False, comment="the entries up to this id"),
-    Column("owner", Text, comment="who holds the slot, or held it last and did not let it go"),
-    Column("epoch", BigInteger, nullable=False, comment="counts the owners"),
+    Column("snapshot", Text, nullable=False, comment="every dirty key that this snapshot sees is delivered"),
+    Column("xid", BigInteger, nullable=False, comment="dirty keys of this transaction are delivered up to position"),
+    Column("position", BigInteger, nullable=False, comment="the last delivered id, of the transaction xid"),
+    Column("owner", Text, comment="the owner that claims the slot, or claimed it last and did not release it"),
+    Column("epoch", BigInteger, nullable=False, comment="grows whenever the slot changes hands"),
 )
 
 refill = Table(
@@ -248,7 +251,7 @@ refill = Table(
     Column("slot", SmallInteger, primary_key=True, autoincrement=False),
     Column("position", Text),
     Column("done", Boolean(create_constraint=False), nullable=False),
-    comment="progress of delivering in full to an index that is new",
+    comment="progress of the refill of a new index",
 )
 
 past = Table(
@@ -256,10 +259,20 @@ past = Table(
     metadata,
     Column("index", _Name, primary_key=True),
     Column("incarnation", _Name, primary_key=True),
-    Column("page", BigInteger, nullable=False, comment="counts the pages; one begins before the index is written to"),
-    Column("names", Text, nullable=False, comment="random: of this page and of those before; the index keeps one too"),
-    Column("refused", Text, comment="the index's mark that did not belong to this database, when it was last compared"),
-    comment="which past of this database each index was filled from: a restore takes this row back, not the index",
+    Column(
+        "page",
+        BigInteger,
+        nullable=False,
+        comment="the number of the page; a new page begins before writes to the index",
+    ),
+    Column(
+        "names",
+        Text,
+        nullable=False,
+        comment="random names of this page and of earlier ones; the index keeps the name of its page",
+    ),
+    Column("refused", Text, comment="the index's mark at the last comparison, if it did not belong to this database"),
+    comment="the past of this database that filled each index; a restore takes back this row, but not the index",
 )
 
 projection = Table(
@@ -268,25 +281,30 @@ projection = Table(
     Column("index", _Name, primary_key=True),
     Column("incarnation", _Name, primary_key=True),
     Column("entity", _Name, primary_key=True),
-    Column("owner", Text, primary_key=True, comment="a relay that delivers it so; '': what the index holds"),
+    Column(
+        "owner",
+        Text,
+        primary_key=True,
+        comment="a relay that delivers this projection; '' for the projection that the index holds",
+    ),
     Column("projection", Text, nullable=False, comment="JSON: the text and the metadata of the class"),
-    Column("since", UTCDateTime, nullable=False, comment="when the class was tracked that projects it so"),
-    Column("seen_at", UTCDateTime, nullable=False, comment="when a relay last claimed the index with it"),
-    comment="what of each class an index holds",
+    Column("since", UTCDateTime, nullable=False, comment="when the class was tracked with this projection"),
+    Column("seen_at", UTCDateTime, nullable=False, comment="when a relay with this projection last claimed the index"),
+    comment="the projection of each class in an index",
 )
 
 backfill = Table(
     "memstate_backfill",
     metadata,
     Column("entity", _Name, primary_key=True),
-    Column("start", Text, primary_key=True, comment="a range of rows: those after this key; '': from the first"),
-    Column("until", Text, comment="up to this key; null: to the end"),
-    Column("position", Text, nullable=False, comment="the last key that was looked at"),
-    Column("total", BigInteger, nullable=False, comment="how many rows there were, of the first range; 0 of others"),
-    Column("seen", BigInteger, nullable=False, comment="how many were looked at"),
-    Column("added", BigInteger, nullable=False, comment="how many of them were new to the log"),
+    Column("start", Text, primary_key=True, comment="the range of rows begins after this key; '' for the first row"),
+    Column("until", Text, comment="the range ends with this key; null for the last row"),
+    Column("position", Text, nullable=False, comment="the last key that was read"),
+    Column("total", BigInteger, nullable=False, comment="the number of rows, in the first range; 0 in the others"),
+    Column("seen", BigInteger, nullable=False, comment="the number of rows that were read"),
+    Column("added", BigInteger, nullable=False, comment="the number of rows that were new to the log"),
     Column("done", Boolean(create_constraint=False), nullable=False),
-    comment="how far rows that are older than tracking have been taken in",
+    comment="progress of the backfill of rows that are older than tracking",
 )
 
 parked = Table(
@@ -304,7 +322,7 @@ parked = Table(
         "state",
         String(8),
         nullable=False,
-        comment="again: to be delivered once more; parked: refused; dead: refused too often",
+        comment="again (deliver once more), parked (refused) or dead (refused too often)",
     ),
     Column("mark", String(32), nullable=False, comment="changes whenever the key is parked again"),
     Column("repeat", Boolean(create_constraint=False), nullable=False, default=false()),
@@ -323,9 +341,9 @@ ledger = Table(
     Column("text_fingerprint", _Digest),
     Column("deleted", Boolean(create_constraint=False), nullable=False),
     Column("at", UTCDateTime, nullable=False),
-    comment="what each index was last given for each key",
+    comment="the fingerprint that each index holds for each key",
 )
-# Queries have to say it in the same words, for SQLite to see that the index is of use.
+# SQLite uses a partial index only if the query has the same condition, in the same words.
 is_deleted = text("deleted")
 Index("ix_memstate_ledger_deleted", ledger.c.at, postgresql_where=is_deleted, sqlite_where=is_deleted)
 
@@ -334,19 +352,21 @@ successor = Table(
     metadata,
     Column("index", _Name, primary_key=True),
     Column("successor", _Name, nullable=False),
-    Column("incarnation", _Name, nullable=False, comment="of the successor, as it was then"),
+    Column("incarnation", _Name, nullable=False, comment="the incarnation of the successor at the switch"),
     Column("switched_at", UTCDateTime, nullable=False),
-    comment="indexes whose searches ask another one",
+    comment="indexes whose searches go to their successor",
 )
 
 embedding = Table(
     "memstate_embedding",
     metadata,
-    Column("id", _Id, Identity(), primary_key=True, comment="the oldest are the first to go"),
-    Column("text_fingerprint", _Digest, nullable=False, unique=True, comment="of the embedder and the text"),
+    Column("id", _Id, Identity(), primary_key=True, comment="the oldest rows are deleted first"),
+    Column(
+        "text_fingerprint", _Digest, nullable=False, unique=True, comment="the fingerprint of the embedder and the text"
+    ),
     Column("embedder", Text, nullable=False),
     Column("vector", LargeBinary, nullable=False, comment="float32, little-endian"),
-    comment="vectors that were paid for once, to be used again; may be emptied at any time",
+    comment="a cache of vectors, which may be emptied at any time",
 )
 
 trigger_context = Table(
@@ -354,8 +374,8 @@ trigger_context = Table(
     metadata,
     Column("name", Text, primary_key=True),
     Column("value", Text),
-    sqlite_with_rowid=False,  # whoever asks for last_insert_rowid() asks for another row
-    comment="what triggers are told of the transaction that writes; empty outside of it",
+    sqlite_with_rowid=False,  # so that a row here does not change the application's last_insert_rowid()
+    comment="tells triggers about the transaction that writes; empty outside of it",
 )
 
 unique = Table(

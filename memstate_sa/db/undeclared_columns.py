@@ -1,4 +1,4 @@
-"""Columns that a table has in the database, and that the log does not hold, as its class does not declare them."""
+"""Columns of a table that its class does not declare, so that the log does not have their values."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from sqlalchemy import Inspector, Table
 
 _LOST = (
-    "has columns that the log does not hold, as its class does not declare or track() excludes them: {}. A row that an "
-    "undo brings back has their defaults, or NULL."
+    "has columns that the log does not have, because its class does not declare them or track() excludes them: {}. "
+    "When an undo restores a deleted row, they get their defaults or NULL."
 )
 
 
 def undeclared_columns(inspector: Inspector, table: Table) -> list[str]:
-    """Their names, without those that the database computes."""
+    """The names of the undeclared columns of *table*, without computed ones."""
     declared = {column.name for column in table.columns}
     columns = inspector.get_columns(table.name, schema=table.schema)
     return [column["name"] for column in columns if column["name"] not in declared and "computed" not in column]
 
 
 def what_is_lost(columns: Sequence[str]) -> str:
-    """What an undo does to *columns*, as a message about their table."""
+    """A message about the table: the values of *columns* that an undo loses."""
     return _LOST.format(", ".join(sorted(columns)))

@@ -1,6 +1,6 @@
-"""Dates and times of PostgreSQL that Python has no objects for: infinite ones, those BC or after 9999, and 24:00.
+"""Dates and times of PostgreSQL that Python cannot represent: infinity, years BC or after 9999, and 24:00.
 
-Drivers refuse to read them. The log holds them as text that the server takes back, whatever its settings are.
+Drivers refuse to read them. The log has them as text, which the server accepts with any settings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ KINDS = (sqltypes.Date, sqltypes.DateTime, sqltypes.Time)
 
 
 def is_readable(type_: Any, value: str) -> str:
-    """The SQL condition that Python has an object for *value*, which is SQL."""
+    """SQL for "Python can represent *value*". *value* is itself SQL."""
     if isinstance(type_, sqltypes.Time):
         return f"extract(hour FROM {value}) < 24"
     zone = "+00" if _has_zone(type_) else ""
@@ -22,7 +22,7 @@ def is_readable(type_: Any, value: str) -> str:
 
 
 def as_text(type_: Any, value: str) -> str:
-    """The SQL text of *value*."""
+    """SQL for the text of *value*."""
     if isinstance(type_, sqltypes.Time):
         return f"CAST({value} AS text)"
     local = f"timezone('UTC', {value})" if _has_zone(type_) else value
@@ -35,7 +35,7 @@ def as_text(type_: Any, value: str) -> str:
 
 
 def read(type_: Any, text: str | None) -> Any:
-    """The value of a text that `as_text` wrote: the text itself, if Python has no object for it."""
+    """The value of a text that `as_text` wrote, or the text itself if Python cannot represent it."""
     if text is None or text.startswith("24:"):
         return text
     kind = time if isinstance(type_, sqltypes.Time) else date if isinstance(type_, sqltypes.Date) else datetime

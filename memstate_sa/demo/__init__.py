@@ -1,1 +1,1 @@
-"""`memstate-sa demo`: one agent memory, kept in step by hand and with memstate_sa, through failures and a crash."""
+"""`memstate-sa demo`: one agent's memory, written by hand and with memstate_sa, through failures and a crash."""

@@ -1,6 +1,6 @@
 """An agent's memory, written twice: by hand, and with memstate_sa.
 
-Each is played by a process of its own (``python -m memstate_sa.demo.agent``), so that it can really be killed.
+Each side runs in a separate process (``python -m memstate_sa.demo.agent``), so that the demo can really kill it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from memstate_sa.testing import FlakyIndex
 logger = logging.getLogger("app")
 
 FAILURE_RATE = 0.1
-THINKING_S = 3.0  # over the whole conversation; without pauses the relay would deliver it in a handful of calls
+THINKING_S = 3.0  # in the whole conversation; without pauses, a few calls of the relay would deliver all of it
 
 
-# -- the application, as it was before -------------------------------------------------------------------------------
+# -- the application before it used memstate_sa ----------------------------------------------------------------------
 
 
 class Base(DeclarativeBase):
@@ -41,7 +41,7 @@ class Base(DeclarativeBase):
 
 
 class Note(Base):
-    """Something the assistant knows about a user."""
+    """A fact that the assistant knows about a user."""
 
     __tablename__ = "note"
 
@@ -52,7 +52,7 @@ class Note(Base):
 
 
 class Played(Base):
-    """A turn that is committed: where to go on after a crash."""
+    """A committed turn. After a crash, the agent continues behind the last one."""
 
     __tablename__ = "played"
 
@@ -112,12 +112,12 @@ def play_by_hand(home: Path, turns: Iterable[Turn], crash_at: int | None, seed: 
                     network.call()
                     collection.delete(ids=list(gone_ids))
             except ConnectionError:
-                logger.exception("turn %d: the vector index was not updated", turn.number)
+                logger.exception("Could not update the vector index in turn %d", turn.number)
         report(turn=turn.number, calls=network.calls, failed=network.failed)
 
 
 class Network:
-    """The way to the index, on which one call in ten is lost."""
+    """The network to the index. One call in ten fails."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -127,14 +127,14 @@ class Network:
         self.calls += 1
         if self._random.random() < FAILURE_RATE:
             self.failed += 1
-            raise ConnectionError("the vector index did not answer")
+            raise ConnectionError("The vector index did not answer.")
 
 
 # -- with memstate_sa: one transaction -------------------------------------------------------------------------------
 
 
 def adopt(engine: Engine, index: VectorIndex, sessions: sessionmaker[Session]) -> Memory:
-    """All that changes in the application: these lines, and `Memory.relay` running somewhere."""
+    """Add memstate_sa to the application. Besides, `Memory.relay` must run somewhere."""
     memory = Memory(index, embedder=WordLlamaEmbedder())
     memory.track(Note, text="text", metadata=("user_id", "role"))
     memory.create_tables(engine)
@@ -164,7 +164,7 @@ def play_with_memstate(home: Path, turns: Iterable[Turn], crash_at: int | None, 
 
 
 class CountingIndex(FlakyIndex):
-    """A failing index that knows how often it was called, and failed."""
+    """A failing index that counts its calls and failures."""
 
     calls = failed = 0
 
@@ -179,7 +179,7 @@ class CountingIndex(FlakyIndex):
 
 
 def think_between(turns: Sequence[Turn], done: int) -> Iterator[Turn]:
-    """The turns after *done*, at an assistant's leisure."""
+    """The turns after *done*, with pauses in between, as an assistant would make."""
     for turn in turns:
         if turn.number > done:
             time.sleep(THINKING_S / len(turns))

@@ -1,4 +1,4 @@
-"""The referee: plain SQL against plain Chroma, by content. memstate_sa has no say in it."""
+"""The referee: compares plain SQL with plain Chroma, by content, without memstate_sa."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Drift(NamedTuple):
 
 
 def drift(engine: Engine, collection: Collection, embedder: Embedder) -> Drift:
-    """The notes that Chroma lacks, that it should no longer have, and whose vector is of another text or user."""
+    """The notes that are missing in Chroma, deleted notes that are still there, and notes with an outdated vector."""
     with Session(engine) as session:
         notes = {note.id: note for note in session.scalars(select(Note))}
     stored = collection.get(include=["embeddings", "metadatas"])
@@ -42,7 +42,7 @@ def drift(engine: Engine, collection: Collection, embedder: Embedder) -> Drift:
 
 
 def _note_id(point_id: str) -> str:
-    """The id of a point's note. By hand it is the point's; memstate_sa puts the table before it: ``note["f1"]``."""
+    """The id of a point's note. By hand both ids are the same. memstate_sa adds the table: ``note["f1"]``."""
     return str(json.loads(point_id.removeprefix("note"))[0]) if point_id.startswith("note[") else point_id
 
 

@@ -1,4 +1,4 @@
-"""The demo's input: a conversation log (JSON lines) or a MemoryBank file, as turns of actions. Pure parsing."""
+"""Parse the demo's input, a conversation log (JSON lines) or a MemoryBank file, into turns of actions. Pure."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Action: TypeAlias = Remember | Correct | Forget
 
 
 class Turn(NamedTuple):
-    """The actions of one exchange with the assistant on its memory: one transaction."""
+    """All actions on the memory in one exchange with the assistant. They are one transaction."""
 
     number: int
     day: str | None
@@ -67,20 +67,20 @@ _bank: TypeAdapter[dict[str, _BankUser]] = TypeAdapter(dict[str, _BankUser])
 
 
 def parse(text: str) -> list[Turn]:
-    """The turns in *text*, in the order they happened; its format is told by its content.
+    """The turns in *text*, in order of time. There are two formats.
 
-    JSON lines, one action each, those of one turn together::
+    JSON lines, with one action a line, and the actions of a turn together::
 
         {"turn": 1, "op": "remember", "fact": "f1", "user": "ana", "role": "preference", "text": "Likes tea"}
         {"turn": 2, "op": "correct", "fact": "f1", "text": "Likes coffee"}
         {"turn": 3, "op": "forget", "fact": "f1"}
 
-    or MemoryBank: ``{user: {"history": {date: [{"query": …, "response": …}]}}}``.
+    MemoryBank: ``{user: {"history": {date: [{"query": …, "response": …}]}}}``.
 
     Raises InputError, which names the line (or the path in the document) and the field.
     """
     if not text.strip():
-        raise InputError("the input is empty")
+        raise InputError("The input is empty.")
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -97,7 +97,7 @@ def _looks_like_lines(text: str) -> bool:
     try:
         json.loads(first)
     except json.JSONDecodeError:
-        return '"op"' in first  # a damaged first action: to be reported as one
+        return '"op"' in first  # a damaged action, so the error should name its line
     return True
 
 
@@ -139,7 +139,7 @@ def _parse_action(line: str, number: int) -> Action:
 
 
 def _memory_bank(document: dict[str, Any]) -> list[Turn]:
-    """Each exchange is a turn that remembers what was said and what was answered; all users' days are interleaved."""
+    """One turn for each exchange, which remembers the query and the response. The days of all users are interleaved."""
     try:
         users = _bank.validate_python(document)
     except ValidationError as error:
@@ -148,12 +148,12 @@ def _memory_bank(document: dict[str, Any]) -> list[Turn]:
     chats = [
         (day, name.strip(), chat) for name, user in users.items() for day, day_ in user.history.items() for chat in day_
     ]
-    chats.sort(key=lambda chat: chat[0])  # stable: within a day, the file's order
+    chats.sort(key=lambda chat: chat[0])  # a stable sort, so the order of the file remains within a day
     actions: list[Action] = []
     for turn, (day, user, chat) in enumerate(chats, start=1):
-        for role, said in (("user", chat.query), ("assistant", chat.response)):
-            if said.strip():
-                actions.append(Remember(turn=turn, day=day, fact=f"{turn}-{role}", user=user, role=role, text=said))
+        for role, text in (("user", chat.query), ("assistant", chat.response)):
+            if text.strip():
+                actions.append(Remember(turn=turn, day=day, fact=f"{turn}-{role}", user=user, role=role, text=text))
     return _turns(actions)
 
 
@@ -163,5 +163,5 @@ def _turns(actions: Iterable[Action]) -> list[Turn]:
         for number, together in ((n, tuple(group)) for n, group in groupby(actions, key=lambda action: action.turn))
     ]
     if len(turns) < 2:
-        raise InputError("the demo needs at least two turns: one before the crash, and one after it")
+        raise InputError("The demo needs at least two turns: one before the crash, and one after it.")
     return turns

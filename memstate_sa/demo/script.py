@@ -1,4 +1,4 @@
-"""The demo: an agent's memory is played twice, through failing calls and a crash; then the two are compared."""
+"""The demo: play an agent's memory twice, through failing calls and a crash, then compare the two."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ STEPS_UNDONE = 2
 
 
 def run(input_path: Path | None, *, directory: Path | None = None, console: Console, seed: int = 7) -> None:
-    """Play the conversation in *input_path* (None: the one in the package) and show what became of it.
+    """Play the conversation in *input_path* and show the results. None means the conversation in the package.
 
-    Everything happens in *directory*, which must be empty or new and is kept; without one, in a temporary place.
-    Raises MemstateError when the side kept by memstate_sa ends up with any drift at all.
+    All files are in *directory*, which must be empty or new, and remain there. Without it, they are in a temporary
+    folder. Raises MemstateError if the memstate_sa side has drifted at all.
     """
     text = read(input_path)
     turns = parse(text)
-    WordLlamaEmbedder()  # if it is not installed, say so before anything is played
+    WordLlamaEmbedder()  # raises at the start if it is not installed
     with ExitStack() as stack:
         home = directory or Path(stack.enter_context(TemporaryDirectory(prefix="memstate-sa-demo-")))
         home.mkdir(parents=True, exist_ok=True)
         if any(home.iterdir()):
-            raise MemstateError(f"{home} is not empty; the demo starts from nothing")
+            raise MemstateError(f"Cannot use {home}. It is not empty, and the demo needs an empty folder.")
         (home / "input").write_text(text, "utf-8")
 
         introduce(turns, console)
@@ -57,14 +57,14 @@ def run(input_path: Path | None, *, directory: Path | None = None, console: Cons
         compare(by_hand, memstate, turns, console)
         tour(memstate, console)
         if directory:
-            console.print(f"\nThe databases, the indexes and the logs of both agents are in {escape(str(home))}")
+            console.print(f"\nThe databases, indexes and logs of both agents are in {escape(str(home))}")
 
 
 def read(path: Path | None) -> str:
     try:
         return (path or files("memstate_sa.demo") / "conversation.jsonl").read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise MemstateError(f"cannot read {path}: {error}") from error
+        raise MemstateError(f"Cannot read {path}: {error}") from error
 
 
 def introduce(turns: Sequence[Turn], console: Console) -> None:
@@ -73,11 +73,11 @@ def introduce(turns: Sequence[Turn], console: Console) -> None:
     users = {action.user for action in actions if isinstance(action, Remember)}
     console.rule("One conversation, two memories")
     console.print(
-        f"An assistant talks to {len(users)} users in {len(turns)} turns: it remembers {count[Remember]} facts, "
-        f"corrects {count[Correct]} and forgets {count[Forget]}. A turn is a transaction in SQLite; the meaning goes "
+        f"An assistant talks to {len(users)} users in {len(turns)} turns. It remembers {count[Remember]} facts, "
+        f"corrects {count[Correct]} and forgets {count[Forget]}. Each turn is a transaction in SQLite. The vectors go "
         "to Chroma.\n"
-        f"{FAILURE_RATE:.0%} of the calls to the index fail, and the process is killed (SIGKILL) right after turn "
-        f"{middle(turns)} is committed, then started again."
+        f"{FAILURE_RATE:.0%} of the calls to the index fail. Right after the commit of turn {middle(turns)}, the "
+        "process is killed (SIGKILL) and started again."
     )
 
 
@@ -90,7 +90,7 @@ def middle(turns: Sequence[Turn]) -> int:
 
 @dataclass
 class Outcome:
-    """The files of one side, in *home*, and the figures of how they came about."""
+    """The files of one side, in *home*, and the figures of its run."""
 
     home: Path
     calls: int = 0
@@ -119,7 +119,7 @@ def play(turns: Sequence[Turn], home: Path, seed: int, console: Console) -> list
 
 
 def _play(side: str, turns: Sequence[Turn], home: Path, seed: int, progress: Progress, task: TaskID) -> Outcome:
-    """Play *turns* in a process that dies in the middle, and go on in a second one."""
+    """Play *turns* in a process that dies in the middle, and continue in a second one."""
     outcome = Outcome(home / side)
     order = {turn.number: position for position, turn in enumerate(turns, start=1)}
     for crash_at in (middle(turns), None):
@@ -138,7 +138,7 @@ def _play(side: str, turns: Sequence[Turn], home: Path, seed: int, progress: Pro
 
 
 def _agent(home: Path, conversation: Path, side: str, seed: int, crash_at: int | None) -> Iterable[dict[str, int]]:
-    """Run one agent process; yields what it reports."""
+    """Run one agent process, and yield its reports."""
     command = [sys.executable, "-m", "memstate_sa.demo.agent", side, str(conversation), str(home), "--seed", str(seed)]
     if crash_at is not None:
         command += ["--crash-at", str(crash_at)]
@@ -149,7 +149,7 @@ def _agent(home: Path, conversation: Path, side: str, seed: int, crash_at: int |
             yield from map(json.loads, process.stdout)
         if process.returncode != (0 if crash_at is None else -signal.SIGKILL):
             log.seek(0)
-            raise MemstateError(f"the agent {side} failed ({process.returncode}):\n{log.read()[-2000:]}")
+            raise MemstateError(f"The agent {side} failed ({process.returncode}):\n{log.read()[-2000:]}")
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------
@@ -174,14 +174,14 @@ def compare(by_hand: Outcome, memstate: Outcome, turns: Sequence[Turn], console:
     for kind, meaning in (
         ("missing", "never found: “{}”"),
         ("ghost", "forgotten, yet still found: “{}”"),
-        ("stale", "found by what it said before: “{}”"),
+        ("stale", "found by its old text: “{}”"),
     ):
         ids_by_side: list[list[str]] = [getattr(side, kind) for side in drifts]
         example = meaning.format(_short(texts[ids_by_side[0][0]])) if ids_by_side[0] else ""
         table.add_row(kind, *(f"[{'red' if ids else 'green'}]{len(ids)}[/]" for ids in ids_by_side), example)
     console.print(table)
     if any(drifts[1]):
-        raise MemstateError(f"the memstate_sa side has drifted: {drifts[1]}")
+        raise MemstateError(f"The memstate_sa side has drifted: {drifts[1]}")
 
 
 def _count(engine: Engine) -> int:
@@ -193,11 +193,11 @@ def _short(text: str | None, width: int = 60) -> str:
     return "—" if text is None else escape(textwrap.shorten(text, width, placeholder="…"))
 
 
-# -- what else memstate_sa does --------------------------------------------------------------------------------------
+# -- more of memstate_sa ---------------------------------------------------------------------------------------------
 
 
 def tour(outcome: Outcome, console: Console) -> None:
-    """Search, undo, history and verify on the memory that is still whole."""
+    """Show search, undo, history and verify on the memstate_sa side."""
     sessions = sessionmaker(outcome.engine)
     index = ChromaIndex(chroma(outcome.home), "notes")
     with closing(adopt(outcome.engine, index, sessions)) as memory:
@@ -209,17 +209,17 @@ def tour(outcome: Outcome, console: Console) -> None:
     counts = {kind: len(getattr(report, kind)) for kind in ("missing", "ghost", "stale", "pending")}
     console.print(f"\nmemory.verify(engine) checked {report.checked} facts: {counts}")
     if any(counts.values()):
-        raise MemstateError("the memstate_sa side is not clean")
+        raise MemstateError("The memstate_sa side is not clean.")
 
 
 def search(memory: Memory, session: Session, console: Console) -> None:
     users = session.scalars(select(Note.user_id).group_by(Note.user_id).order_by(Note.user_id).limit(len(QUESTIONS)))
-    table = Table("user", "question", "score", "what is remembered", title="\nSearch, one user at a time")
+    table = Table("user", "question", "score", "remembered fact", title="\nSearch, one user at a time")
     for user, question in zip(users.all(), QUESTIONS, strict=False):
         hits = memory.search(session, question, select(Note).where(Note.user_id == user), limit=2)
         for position, hit in enumerate(hits):
-            who = (escape(user), question) if position == 0 else ("", "")
-            table.add_row(*who, f"{hit.score:.2f}", _short(hit.fact.text), end_section=position == len(hits) - 1)
+            heading = (escape(user), question) if position == 0 else ("", "")
+            table.add_row(*heading, f"{hit.score:.2f}", _short(hit.fact.text), end_section=position == len(hits) - 1)
     console.print(table)
 
 
@@ -250,7 +250,7 @@ def _vector(key: str, drifted: Drift, rows: dict[str, str]) -> str:
         return "[red]ghost[/]"
     if key in drifted.missing:
         return "[red]missing[/]"
-    return "of this text" if key in rows else "—"
+    return "up to date" if key in rows else "—"
 
 
 def history(memory: Memory, session: Session, console: Console) -> None:
@@ -258,8 +258,8 @@ def history(memory: Memory, session: Session, console: Console) -> None:
     for change in memory.history(session, Note):
         changes.setdefault(change.key, []).append(change)
     longest = max(changes.values(), key=len)
-    table = Table(title=f"\nThe history of fact {escape(longest[0].key)}; nothing is ever erased from it")
-    for header in ("at", "what", "text", "why"):
+    table = Table(title=f"\nThe history of fact {escape(longest[0].key)}, which keeps every change")
+    for header in ("at", "change", "text", "reason"):
         table.add_column(header)
     for change in longest:
         text = _short(change.after["text"] if change.after else None)

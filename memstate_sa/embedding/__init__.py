@@ -1,1 +1,1 @@
-"""Texts to vectors, in batches, with a cache."""
+"""Embedding of texts in batches, with a cache."""

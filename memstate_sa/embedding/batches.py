@@ -1,4 +1,4 @@
-"""Embedding in bounded batches, with a memory of recent vectors; and the indexes that get the vectors."""
+"""Embedding in bounded batches, a memory of recent vectors, and the indexes that get the vectors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from memstate_sa.embedders import Embedder, checked, embed_query
+from memstate_sa.embedders import Embedder, WordLlamaEmbedder, checked, embed_query
 from memstate_sa.indexes.base import Vector, VectorIndex
 from memstate_sa.runtime import forks
 
@@ -16,13 +17,14 @@ MAX_CHARS = 1_000_000
 
 
 class Vectors:
-    """The vectors of texts, by text fingerprint. Thread-safe; a text that is embedded twice at once is no error.
+    """The vectors of texts, by text fingerprint. Thread-safe: two threads may embed the same text at the same time.
 
-    *stored*: how many vectors the application's database keeps, see `embedding.cache`.
+    *stored*: the number of vectors that the application's database keeps, see `embedding.cache`.
     """
 
-    def __init__(self, embedder: Embedder, *, capacity: int = 4096, stored: int = 0) -> None:
-        self.embedder = embedder
+    def __init__(self, embedder: Embedder | None, *, capacity: int = 4096, stored: int = 0) -> None:
+        if embedder is not None:
+            self.embedder = embedder
         self.stored = stored
         self._capacity = capacity
         self._recent: OrderedDict[str, Vector] = OrderedDict()
@@ -31,6 +33,11 @@ class Vectors:
 
     def _make_lock(self) -> None:
         self._lock = threading.Lock()
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The embedder. The default one is made at its first use, and raises MissingExtra without its package."""
+        return WordLlamaEmbedder()
 
     def of_query(self, query: str) -> Vector:
         return embed_query(self.embedder, query)
@@ -47,10 +54,7 @@ class Vectors:
                 self._recent.popitem(last=False)
 
     def embed(self, texts: Mapping[str, str], *, remember: bool = False) -> dict[str, Vector]:
-        """The vector of each text (by text fingerprint).
-
-        Raises DeliveryError when the embedder does.
-        """
+        """Embed *texts*, and return the vectors by text fingerprint. Raises DeliveryError if the embedder fails."""
         vectors: dict[str, Vector] = {}
         for batch in text_batches(texts):
             vectors.update(zip(batch, checked(self.embedder, list(batch.values())), strict=True))
@@ -67,14 +71,14 @@ class Destination:
     vectors: Vectors
 
     def open(self) -> str:
-        """Open the index, and return its incarnation. Raises IndexMismatch when another embedder filled it."""
+        """Open the index, and return its incarnation. Raises IndexMismatch if another embedder has filled it."""
         embedder = self.vectors.embedder
         self.index.open(embedder=embedder.fingerprint, dimension=embedder.dimension)
         return self.index.incarnation
 
 
 def text_batches(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """*texts* in batches of at most `MAX_TEXTS`, and of `MAX_CHARS` together unless one alone has more."""
+    """*texts* in batches of at most `MAX_TEXTS` texts and `MAX_CHARS` characters. A longer text is a batch alone."""
     batch: dict[str, str] = {}
     chars = 0
     for digest, text in texts.items():

@@ -1,7 +1,7 @@
-"""The vectors of texts, kept in the application's database by text fingerprint. The texts are not.
+"""The vectors of texts in the application's database, by text fingerprint. The texts themselves are not stored.
 
-A rollback, a text that is said again, and an index that is new cost no embedding. The oldest go first, so those of an
-embedder that is no longer in use go before any other.
+A rollback, a repeated text, and a new index then need no embedding. The oldest vectors are evicted first, so vectors of
+an embedder that is no longer used disappear first.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from memstate_sa.indexes.base import Vector
 
 _FLOAT32 = np.dtype("<f4")
 
-_named = embedding.c.text_fingerprint.in_(select(unnest_strings("digests").c.value))
-_read = select(embedding.c.text_fingerprint, embedding.c.vector).where(_named)
-_forget = delete(embedding).where(_named)
+_of_digests = embedding.c.text_fingerprint.in_(select(unnest_strings("digests").c.value))
+_read = select(embedding.c.text_fingerprint, embedding.c.vector).where(_of_digests)
+_forget = delete(embedding).where(_of_digests)
 _count = select(func.count()).select_from(embedding)
-# SKIP LOCKED: another relay may be at it.
+# SKIP LOCKED: another relay may be evicting vectors too.
 _oldest = select(embedding.c.id).order_by(embedding.c.id).limit(bindparam("number")).with_for_update(skip_locked=True)
 _evict = delete(embedding).where(embedding.c.id.in_(_oldest))
 
@@ -39,14 +39,14 @@ def read(connection: Connection, digests: Iterable[str], dimension: int) -> dict
 
 
 def known(connection: Connection, vectors: Vectors, digests: Collection[str]) -> dict[str, Vector]:
-    """The known vectors of *digests*: remembered in this process, or stored."""
-    known_vectors = vectors.recent(digests)
-    missing = [digest for digest in digests if digest not in known_vectors]
+    """The vectors of *digests* that are remembered in this process, or stored in the database."""
+    cached = vectors.recent(digests)
+    missing = [digest for digest in digests if digest not in cached]
     if missing and vectors.stored:
         stored = read(connection, missing, vectors.embedder.dimension)
         vectors.remember(stored)
-        known_vectors |= stored
-    return known_vectors
+        cached |= stored
+    return cached
 
 
 def _vector(stored: bytes, dimension: int) -> Vector | None:
@@ -57,18 +57,18 @@ def _vector(stored: bytes, dimension: int) -> Vector | None:
 
 
 def store(connection: Connection, vectors: Mapping[str, Vector], embedder: str) -> None:
-    """Store *vectors*, all of one length. A stored vector stays as it is."""
-    digests = sorted(vectors)  # in this order: two may store the same ones, and would wait for each other
+    """Store *vectors*, which all have the same length. A vector that is stored already is not changed."""
+    digests = sorted(vectors)  # sorted, because two transactions that store the same vectors could deadlock
     stored = np.stack([vectors[digest] for digest in digests]).astype(_FLOAT32)
     size = stored.shape[1] * _FLOAT32.itemsize
-    places = [(digest, n * size + 1) for n, digest in enumerate(digests)]
-    parameters = {"embedder": embedder, "vectors": stored.tobytes(), "size": size, "rows": as_json(places)}
+    offsets = [(digest, n * size + 1) for n, digest in enumerate(digests)]
+    parameters = {"embedder": embedder, "vectors": stored.tobytes(), "size": size, "rows": as_json(offsets)}
     connection.execute(_store(database_of(connection)), parameters)
 
 
 @cache
 def _store(database: Database) -> Any:
-    """One parameter holds all the vectors: an executemany takes three times as long on PostgreSQL."""
+    """The INSERT of vectors. One parameter has all of them: executemany takes three times as long on PostgreSQL."""
     rows = unnest_rows("rows")
     vectors, size = bindparam("vectors", type_=LargeBinary()), bindparam("size", type_=Integer())
     values = {
@@ -91,8 +91,8 @@ def evict(connection: Connection, number: int) -> None:
 
 
 def forget(connection: Connection, fingerprints: Iterable[str]) -> int:
-    """Delete the vectors of texts, by text fingerprint. Returns how many.
+    """Delete the vectors of texts, by text fingerprint. Return their number.
 
-    The vector of a row that is still to be delivered, or is being delivered, is stored again.
+    If a row with such a text is delivered later, or is being delivered now, its vector is stored again.
     """
     return connection.execute(_forget, {"digests": as_array(fingerprints)}).rowcount

@@ -1,24 +1,24 @@
-"""The indexes and embedders of a Memory, as its arguments say."""
+"""The indexes and embedders of a Memory, made of its arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from memstate_sa.embedders import Embedder, WordLlamaEmbedder
+from memstate_sa.embedders import Embedder
 from memstate_sa.embedding.batches import Destination, Vectors
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes.base import VectorIndex
 
 
-def indexes_by_name(index: VectorIndex | Mapping[str, VectorIndex]) -> dict[str, VectorIndex]:
+def indexes_by_name(index: VectorIndex | Mapping[str, VectorIndex] | None) -> dict[str, VectorIndex]:
     """The indexes of *index*. One alone is named "memory"."""
+    if index is None:
+        return {}
     indexes: dict[str, VectorIndex] = dict(index) if isinstance(index, Mapping) else {"memory": index}
-    if not indexes:
-        raise MemstateError("give at least one index")
     for name, one in indexes.items():
         if not isinstance(name, str) or not callable(getattr(type(one), "upsert", None)):
-            raise MemstateError(f"index={one!r}: give a VectorIndex, or a dict of them by name")
+            raise MemstateError(f"Cannot use index={one!r}. Give a VectorIndex, or a dict of them by name.")
     return indexes
 
 
@@ -32,15 +32,12 @@ def make_destinations(indexes: Mapping[str, VectorIndex], embedder: Any, *, stor
     return {name: Destination(index, vectors[id(embedders[name])]) for name, index in indexes.items()}
 
 
-def _embedders(embedder: Any, indexes: Collection[str]) -> dict[str, Embedder]:
-    """The embedder of each index, in their order."""
-    if isinstance(embedder, Mapping):
-        by_index = dict(embedder)
-    else:
-        by_index = dict.fromkeys(indexes, embedder or WordLlamaEmbedder())
+def _embedders(embedder: Any, indexes: Collection[str]) -> dict[str, Embedder | None]:
+    """The embedder of each index, in their order. None is the default one."""
+    by_index = dict(embedder) if isinstance(embedder, Mapping) else dict.fromkeys(indexes, embedder)
     for one in by_index.values():
-        if not callable(getattr(one, "embed", None)):
-            raise MemstateError(f"embedder={one!r}: give an Embedder; without one it is WordLlamaEmbedder()")
+        if one is not None and not callable(getattr(one, "embed", None)):
+            raise MemstateError(f"Cannot use embedder={one!r}. Give an Embedder, or leave it out: WordLlamaEmbedder().")
     if by_index.keys() != set(indexes):
-        raise MemstateError(f"embedder={embedder!r}: give one for each index: {', '.join(indexes)}")
+        raise MemstateError(f"Cannot use embedder={embedder!r}. Give one for each index: {', '.join(indexes)}.")
     return {name: by_index[name] for name in indexes}

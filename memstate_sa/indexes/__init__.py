@@ -1,4 +1,4 @@
-"""Vector indexes: the port, and one file per adapter. Importing this needs no extra; constructing an adapter may."""
+"""Vector indexes: the port, and one file per adapter. Only constructing an adapter may need an extra."""
 
 from memstate_sa.indexes._filters import canonical, matches, storable
 from memstate_sa.indexes.base import (

@@ -12,11 +12,11 @@ from memstate_sa.errors import DeliveryError, DeliveryRejected, DeliveryRetryabl
 from memstate_sa.indexes.provider_errors import delivery_error
 
 REMEMBERED_S = 86_400
-"""How long the epoch of a deleted id is remembered: far longer than an overtaken relay's request can be under way."""
+"""How long the epoch of a deleted id is remembered. No request of an overtaken relay is under way for so long."""
 
 
 class OpenState(NamedTuple):
-    """The arguments with which an index was opened, and the incarnation that it had, where the adapter needs it."""
+    """The arguments with which an index was opened. The incarnation is kept only for adapters that need it."""
 
     embedder: str
     dimension: int
@@ -34,7 +34,7 @@ class Adapter:
     @property
     def _open_state(self) -> OpenState:
         if self._opened is None:
-            raise MemstateError("this index is not open; call open() first")
+            raise MemstateError("This index is not open. Call open() first.")
         return self._opened
 
     @property
@@ -43,12 +43,12 @@ class Adapter:
 
     @property
     def _place(self) -> str:
-        """The place of the points, for messages: the collection, the table or the folder."""
+        """The place of the points, for messages: a collection, a table or a folder."""
         raise NotImplementedError
 
     @contextmanager
     def _translated(self, action: str) -> Iterator[None]:
-        """Raise a DeliveryError from each error of the client. *action* is a verb, for the message."""
+        """Turn each error of the client into a DeliveryError. *action* is a verb, for the message."""
         try:
             yield
         except MemstateError:
@@ -57,14 +57,14 @@ class Adapter:
             raise self._delivery_error(error, f"{self._vendor} could not {action} {self._place}") from error
 
     def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
-        # Clients refuse values with ValueError and TypeError. Other errors, as of a closed client, are not the points'
-        # fault.
+        # Clients refuse values with ValueError and TypeError. Other errors, such as a closed client, have nothing to do
+        # with the points, so trying again may help.
         is_refusal = isinstance(error, ValueError | TypeError)
         return delivery_error(error, message, unknown=DeliveryRejected if is_refusal else DeliveryRetryable)
 
 
 class IdListing:
-    """The sorted ids of a running scan, for a vendor that lists them in another order. They are kept until its end."""
+    """The sorted ids of a running scan, for a vendor that lists them in another order. Kept until the scan ends."""
 
     def __init__(self) -> None:
         self._listing: tuple[str, list[str]] | None = None
@@ -75,7 +75,7 @@ class IdListing:
     def pages(
         self, incarnation: str, after: str | None, size: int, read_ids: Callable[[], Iterable[str]]
     ) -> Iterator[list[str]]:
-        """Pages of the ids greater than *after*. A scan begins with *after* None, or where none is running."""
+        """Pages of the ids greater than *after*. A new scan begins if *after* is None, or if no scan is running."""
         listing = self._listing
         if after is None or listing is None or listing[0] != incarnation:
             listing = self._listing = (incarnation, sorted(read_ids()))
@@ -90,11 +90,11 @@ def id_bytes(id_: str) -> bytes:
     try:
         return id_.encode()
     except UnicodeEncodeError as error:
-        raise DeliveryRejected(f"the id {id_!r} is not Unicode text") from error
+        raise DeliveryRejected(f"The id {id_!r} is not Unicode text.") from error
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of a file; None when it is not there. They tell when it was deleted or replaced."""
+    """Device and inode of a file, or None if there is no file. They change when the file is deleted or replaced."""
     try:
         status = path.stat()
     except OSError:

@@ -1,7 +1,7 @@
-"""Whether the files of a Chroma collection's vectors are whole. A crash of the machine, or a copy, may cut them.
+"""Check that the vector files of a Chroma collection are complete. A crash of the machine, or a copy, may cut them.
 
-Chroma itself does not tell: it searches what is left, fails at some queries, or crashes the process. Layout of 1.x, as
-written by its hnswlib: a newer one is taken for whole.
+Chroma does not report such damage. It searches the rest, fails some queries, or crashes the process. This module knows
+the file layout that the hnswlib of Chroma 1.x writes. Files with a newer layout count as complete.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 _HEADER = struct.Struct("<iQQQQQQiIQQQdQ")
 _VERSION = 1
 _FILES = ("header.bin", "data_level0.bin", "length.bin", "link_lists.bin", "index_metadata.pickle")
-# Chroma notes how far it has written the files of a segment. Of the others it reads the points in its own log.
+# Only segments with a row in max_seq_id have files. Chroma reads the points of other segments from its own log.
 _SEGMENTS = (
     "SELECT s.id FROM segments AS s JOIN max_seq_id AS m ON m.segment_id = s.id "
     "WHERE s.scope = 'VECTOR' AND s.collection = ?"
 )
 _PAGE = 4096
 _PAUSES_S = (0.05, 0.2, 0.5)
-"""Chroma writes these files in place: damage that is seen in the middle of that is looked at again."""
+"""Chroma writes these files in place, so a file may look damaged during a write. The check is repeated after pauses."""
 
 
 def find_damage(folder: Path, collection_id: str) -> str | None:
-    """The damage of the collection's files in *folder*; None if they are whole, or not written yet."""
+    """The damage of the collection's files in *folder*. None if they are complete, or not written yet."""
     with closing(sqlite3.connect(f"{(folder / 'chroma.sqlite3').as_uri()}?mode=ro", uri=True)) as connection:
         segments = [folder / id_ for (id_,) in connection.execute(_SEGMENTS, (collection_id,))]
     for pause in _PAUSES_S:
@@ -65,14 +65,17 @@ def _damage(segment: Path) -> str | None:
 
 
 def _has_labels(file: Path, count: int, size: int, label_at: int) -> bool:
-    """Whether each point has a label of its own. They begin with 1."""
+    """Whether each point has a unique label. Labels begin with 1."""
     rows = np.memmap(file, np.uint8, "r", shape=(count, size))
     labels = np.ascontiguousarray(rows[:, label_at : label_at + 8]).view("<u8")
     return bool(labels.all()) and len(np.unique(labels)) == count
 
 
 def _has_links(file: Path, count: int) -> bool:
-    """Each point has the length of its list, and the list; most lists are empty, but not a page of them in a row."""
+    """Whether each point has its list of links, after the length of the list.
+
+    Most lists are empty, but a whole page of zeros means damage.
+    """
     data, at = file.read_bytes(), 0
     if bytes(_PAGE) in data:
         return False
@@ -84,5 +87,5 @@ def _has_links(file: Path, count: int) -> bool:
 
 
 def _ends(pickle: Path) -> bool:
-    """Whether the last byte is that of a pickle. It is not read: it could do anything."""
+    """Whether the file ends like a pickle. It is not loaded: loading a pickle can run any code."""
     return pickle.read_bytes()[-1:] == b"."

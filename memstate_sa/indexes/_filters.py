@@ -1,4 +1,4 @@
-"""`Filter` in one canonical form that every index can translate, and its meaning in Python; pure."""
+"""The canonical form of a `Filter`, which every index can translate, and its meaning in Python. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def storable(value: Scalar) -> Scalar:
-    """*value* as every index can hold it: NaN and infinity are None, an int beyond 64 bits is the nearest float."""
+    """*value* as every index can hold it. NaN and infinity become None, an int beyond 64 bits the nearest float."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -29,10 +29,10 @@ def storable(value: Scalar) -> Scalar:
 
 
 def canonical(where: Filter) -> dict[str, Any] | None:
-    """An equivalent filter with one key per mapping, or ``{}`` when it matches everything, None when nothing.
+    """An equivalent filter with one key per mapping: ``{}`` if it matches everything, None if it matches nothing.
 
-    Every ``$and`` and ``$or`` has two parts or more, every ``$in`` one or more values, all strings, all booleans or all
-    numbers; ``None`` operands are gone. Raises DeliveryRejected for what is not a filter.
+    Every ``$and`` and ``$or`` has at least two parts. Every ``$in`` has at least one value, and its values are all
+    strings, all booleans or all numbers. ``None`` operands are removed. Raises DeliveryRejected for an invalid filter.
     """
     parts = [_part(key, condition) for key, condition in where.items()]
     return _all(parts)
@@ -57,11 +57,13 @@ def matches(where: Filter, metadata: Mapping[str, Scalar]) -> bool:
 def _part(key: str, condition: Any) -> dict[str, Any] | None:
     if key in ("$and", "$or"):
         if not isinstance(condition, list | tuple) or not all(isinstance(part, Mapping) for part in condition):
-            raise DeliveryRejected(f"{key} in a filter takes a list of filters, not {condition!r}")
+            raise DeliveryRejected(f"Invalid filter. {key} takes a list of filters, not {condition!r}.")
         parts = [canonical(part) for part in condition]
         return _all(parts) if key == "$and" else _any(parts)
     if key.startswith("$") or not isinstance(condition, Mapping) or not condition:
-        raise DeliveryRejected(f'a filter reads like {{"role": {{"$eq": "tip"}}}}, not {{{key!r}: {condition!r}}}')
+        raise DeliveryRejected(
+            f'Invalid filter {{{key!r}: {condition!r}}}. Write a filter like {{"role": {{"$eq": "tip"}}}}.'
+        )
     return _all([_leaf(key, name, operand) for name, operand in condition.items()])
 
 
@@ -71,25 +73,29 @@ def _leaf(key: str, name: str, operand: Any) -> dict[str, Any] | None:
         kinds = dict.fromkeys(map(_kind, values))
         return _any([{key: {"$in": [value for value in values if _kind(value) is kind]}} for kind in kinds])
     if name not in _COMPARISONS:
-        raise DeliveryRejected(f"unknown filter condition {{{name!r}: {operand!r}}}")
+        raise DeliveryRejected(
+            f"Unknown filter condition {{{name!r}: {operand!r}}}. The operators are {', '.join(_COMPARISONS)} and $in."
+        )
     value = _operand(operand)
     if value is None:
         return None
     if name != "$eq" and _kind(value) is not float:
-        raise DeliveryRejected(f"{name} in a filter compares numbers, not {operand!r}")
+        raise DeliveryRejected(f"Invalid filter. {name} compares numbers, not {operand!r}.")
     return {key: {name: value}}
 
 
 def _operand(value: Any) -> Scalar:
     if value is not None and not isinstance(value, str | bool | int | float):
-        raise DeliveryRejected(f"a filter compares with str, int, float, bool or None, not {value!r}")
+        raise DeliveryRejected(
+            f"Invalid filter. It may compare with str, int, float, bool or None, not with {value!r}."
+        )
     if isinstance(value, float) and math.isinf(value):
-        raise DeliveryRejected("a filter cannot compare with infinity")
+        raise DeliveryRejected("Invalid filter. It cannot compare with infinity.")
     return storable(value)
 
 
 def _kind(value: Scalar) -> type | None:
-    """True is no number here: 1 == True in Python, and in no index."""
+    """The type of *value* for comparisons. A bool is not a number here: 1 == True in Python, but in no index."""
     if value is None or isinstance(value, bool | str):
         return None if value is None else type(value)
     return float

@@ -16,7 +16,7 @@ from memstate_sa.indexes.base import Match, Scalar
 
 @dataclass(slots=True)
 class FlatPoint:
-    """A point without its vector, which is in the row ``row``."""
+    """A point without its vector. The vector is in row ``row`` of the index."""
 
     row: int
     fingerprint: str
@@ -28,7 +28,7 @@ class FlatPoint:
 class Flat:
     """Unit vectors in the rows of an IndexFlatIP, and the other fields of points by id. Not thread-safe.
 
-    It is no IndexIDMap, whose removal of one point reads every one: 13 ms of 100,000.
+    It does not use IndexIDMap: removing one point there reads all of them (13 ms for 100,000).
     """
 
     def __init__(self, faiss: Any, dimension: int) -> None:
@@ -36,7 +36,7 @@ class Flat:
         self._faiss = faiss
         self._dimension = dimension
         self._index = faiss.IndexFlatIP(dimension)
-        self._ids: list[str] = []  # of the rows
+        self._ids: list[str] = []  # the id of each row
         self._sorted: list[str] | None = None
 
     def find(self, ids: Iterable[str]) -> list[tuple[str, FlatPoint]]:
@@ -48,7 +48,7 @@ class Flat:
         return self._sorted
 
     def put(self, fields: Sequence[Any], units: NDArray[np.float32], epochs: Sequence[int]) -> None:
-        """Add or replace points. *fields* are an id, a fingerprint, a length and metadata of each; an id comes once."""
+        """Add or replace points. *fields* are (id, fingerprint, length, metadata) of each point. Ids are unique."""
         added = [place for place, (id_, *_) in enumerate(fields) if id_ not in self.points]
         replaced = [place for place, (id_, *_) in enumerate(fields) if id_ in self.points]
         if replaced:
@@ -86,7 +86,7 @@ class Flat:
         """The nearest points that satisfy the canonical filter *where*."""
         if not where:
             return self._searched(query, limit)
-        # Most often enough of the nearest few satisfy it; where few do, looking at all metadata is what remains.
+        # Usually enough of the nearest points satisfy the filter. If not, all metadata is checked.
         count = 4 * limit
         while count * 10 < len(self.points):
             hits = [match for match in self._searched(query, count) if matches(where, self.points[match.id].metadata)]
@@ -104,7 +104,7 @@ class Flat:
         return [self._match(matching_ids[place], float(scores[place])) for place in order]
 
     def _rows(self) -> NDArray[np.float32]:
-        """Every row, to be read and written in place, until something is added."""
+        """All rows, readable and writable in place. The array is valid until a point is added."""
         count = self._index.ntotal
         if not count:
             return np.empty((0, self._dimension), dtype=np.float32)
@@ -114,8 +114,8 @@ class Flat:
     def _searched(self, query: NDArray[np.float32], limit: int) -> list[Match]:
         if not self.points:
             return []
-        # By one core: a second one makes it 3 ms faster at 100,000 points, and 10 ms slower where it is not free.
-        threads = self._faiss.omp_get_max_threads()  # of this thread; others are not concerned
+        # Use one core. A second core saves 3 ms for 100,000 points, but costs 10 ms if it is busy.
+        threads = self._faiss.omp_get_max_threads()  # the setting concerns this thread only
         self._faiss.omp_set_num_threads(1)
         try:
             [scores], [rows] = self._index.search(query, min(limit, len(self.points)))

@@ -1,4 +1,4 @@
-"""The folder of an index, locked for one process: that of a Chroma PersistentClient, or of FAISS."""
+"""The folder of a Chroma PersistentClient or a FAISS index, locked for one process."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _counting = threading.Lock()  # filelock counts the users of one lock file, but 
 
 
 def lock(client: ClientAPI) -> LockedFolder | None:
-    """Lock the folder of *client*, or None when it has none. Several indexes in one process share the lock.
+    """Lock the folder of *client*. Return None if it has no folder. Several indexes in one process share the lock.
 
-    Raises MemstateError, naming server mode, when another process holds it.
+    Raises MemstateError if another process holds the lock. The message explains how to use a server instead.
     """
     settings = client.get_settings()
     if not settings.is_persistent:
         return None
     path = Path(settings.persist_directory).resolve()
     advice = (
-        f"run a server (chroma run --path {path}) and give every process a chromadb.HttpClient; a process that was "
-        "forked opens it anew"
+        f"Run a server (chroma run --path {path}) and give every process a chromadb.HttpClient. Create the client "
+        "after the fork, in the child process."
     )
     folder = LockedFolder(path / "chroma.sqlite3", _file_lock(path, is_singleton=True), "Chroma", advice)
     folder.check()
@@ -40,7 +40,7 @@ def lock(client: ClientAPI) -> LockedFolder | None:
 
 
 def lock_alone(file: Path, kind: str, advice: str) -> LockedFolder:
-    """Lock the folder of *file* for one index, also within this process."""
+    """Lock the folder of *file* for one index. Other indexes in this process cannot share the lock."""
     folder = LockedFolder(file, _file_lock(file.parent, is_singleton=False), kind, advice)
     folder.acquire()
     return folder
@@ -51,7 +51,7 @@ def _file_lock(path: Path, *, is_singleton: bool) -> BaseFileLock:
 
 
 class LockedFolder:
-    """A locked folder. *file* is the index's file in it; *advice* is for a second process that wants the folder."""
+    """A locked folder. *file* is the index's file in it. *advice* tells a second process how to share the index."""
 
     def __init__(self, file: Path, file_lock: BaseFileLock, kind: str, advice: str) -> None:
         self._file = file
@@ -61,7 +61,7 @@ class LockedFolder:
         self.watch()
 
     def watch(self) -> None:
-        """Take the present file for the one that must stay."""
+        """Remember the present file. `check` fails when another file takes its place."""
         self._identity = file_identity(self._file)
 
     def acquire(self) -> None:
@@ -70,32 +70,33 @@ class LockedFolder:
                 self._lock.acquire(blocking=False)
         except Timeout as error:
             raise MemstateError(
-                f"the {self._kind} folder {str(self._file.parent)!r} is open already, and two would corrupt it: "
-                f"{self._advice}"
+                f"Cannot open the {self._kind} folder {str(self._file.parent)!r}. It is already open, and a second "
+                f"user would corrupt it. {self._advice}"
             ) from error
 
     def vacuum(self) -> None:
-        """Remove deleted points from the files. Chroma's own connections wait for that."""
+        """Remove deleted points from the files. Chroma's own connections wait until this is done."""
         script = Path(__file__).with_name("_vacuum.py")
         command = [sys.executable, str(script), str(self._file.parent)]
         process = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # no shell reads it
         if process.returncode:
             reason = process.stderr.strip().rpartition("\n")[2]
-            raise DeliveryRetryable(f"the Chroma folder {str(self._file.parent)!r} was not vacuumed: {reason}")
+            raise DeliveryRetryable(f"Could not vacuum the Chroma folder {str(self._file.parent)!r}: {reason}")
 
     def release(self) -> None:
-        if os.getpid() == self._pid:  # after a fork it is the parent's
+        if os.getpid() == self._pid:  # after a fork the lock belongs to the parent process
             with _counting:
                 self._lock.release()
 
     def check(self) -> None:
-        """Raise after a fork, and when the files were deleted: the index would go on reading them."""
+        """Raise an error after a fork, or if the files were deleted: the index would go on reading the old files."""
         if os.getpid() != self._pid:
             raise MemstateError(
-                f"this index was opened before a fork, and its {self._kind} folder is the parent's: {self._advice}"
+                f"Cannot use this index after a fork. Its {self._kind} folder belongs to the parent process. "
+                f"{self._advice}"
             )
         if self._identity is None or file_identity(self._file) != self._identity:
             raise DeliveryRetryable(
-                f"the {self._kind} folder {str(self._file.parent)!r} was deleted or replaced under its client; close "
-                "every client on it and open it anew"
+                f"The {self._kind} folder {str(self._file.parent)!r} was deleted or replaced while it was open. Close "
+                "every client that uses it, then open it again."
             )

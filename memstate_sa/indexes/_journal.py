@@ -1,4 +1,4 @@
-"""A file that is appended to: records of JSON and bytes, each with checksums, which survive a ``kill -9``."""
+"""An append-only file of records: JSON and bytes, each with checksums. Records survive a ``kill -9``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CHECKSUM = struct.Struct("<I")
 
 
 class Journal:
-    """One process writes it, and one thread at a time. Errors are OSError.
+    """An append-only file. One process writes it, one thread at a time. Errors are OSError.
 
-    What `append` has returned from is on the disk. A record that was being appended when the process was killed is cut
-    off by `read`; it was never acknowledged. Anything else that is not as it was written, and all that follows it, is
-    cut off too, and then ``damaged`` is True: acknowledged records may be among it.
+    A record is on the disk when `append` returns. If a kill interrupts `append`, the next `read` cuts the unfinished
+    record off: it was never acknowledged. `read` also cuts off a damaged record and everything behind it. Then
+    ``damaged`` is True, because acknowledged records may be lost.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,11 +37,11 @@ class Journal:
         return self._end
 
     def read(self) -> Iterator[Record]:
-        """Every record, oldest first; to its end, before anything is appended. A file that is missing is begun."""
+        """All records, oldest first. Read to the end before the first `append`. A missing file is created."""
         self.damaged = False
-        self._new.unlink(missing_ok=True)  # of a replacement that was killed
+        self._new.unlink(missing_ok=True)  # left by a replacement that was killed
         file = self._file = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
-        self._named = False  # perhaps: the process that named it may have been killed before the name was on the disk
+        self._named = False  # the process that created the file may have been killed before its name was on the disk
         self._settle_name()
         with self.path.open("rb") as reader:
             self._end, whole = 0, os.fstat(reader.fileno()).st_size
@@ -69,9 +69,9 @@ class Journal:
             raise
 
     def replace(self, records: Iterable[Record]) -> None:
-        """Have these records instead of all that there are: as a whole or, if it fails or is killed, not at all.
+        """Replace all records by *records*, as a whole. If this fails or is killed, the old records stay.
 
-        If only the folder could not be synchronised, they are there, and `append` does that before anything else.
+        If only synchronising the folder fails, the new records are in place. The next `append` synchronises it first.
         """
         file = self._new.open("w+b", buffering=0)
         try:
@@ -93,7 +93,7 @@ class Journal:
             self._file = None
 
     def _settle_name(self) -> None:
-        """A file's name is on the disk when its folder is; before that, nothing that is appended would be."""
+        """Synchronise the folder, so that the file's name is on the disk. Otherwise a crash could lose the file."""
         if self._named:
             return
         folder = os.open(self.path.parent, os.O_RDONLY)
@@ -104,7 +104,7 @@ class Journal:
         self._named = True
 
     def _back(self, file: BinaryIO) -> None:
-        """Cut off a record that failed. If that fails too, nothing more is appended until the file is read again."""
+        """Cut off a record that failed. If that fails too, close the file: `append` fails until `read` opens it."""
         try:
             file.truncate(self._end)
             file.seek(self._end)
@@ -112,12 +112,12 @@ class Journal:
             self.close()
 
     def _next(self, reader: BinaryIO, remaining: int) -> Record | None:
-        """The next record; None, and `damaged` unless it may have been cut off by a kill, when it is not whole."""
+        """The next record, or None if it is incomplete. Sets ``damaged`` unless a kill may have cut the record off."""
         size = _HEADER.size + _CHECKSUM.size
         if remaining < size:
             return None
         header = reader.read(_HEADER.size)
-        # A checksum of its own: a length that is wrong would look like a record that was cut off.
+        # The header has its own checksum: with a wrong length, a damaged record would look like an unfinished one.
         if reader.read(_CHECKSUM.size) != _CHECKSUM.pack(crc32(header)):
             self.damaged = True
             return None
@@ -135,5 +135,5 @@ def _write(file: BinaryIO, value: Any, data: bytes) -> None:
     text = json.dumps(value, separators=(",", ":")).encode()
     header = _HEADER.pack(len(data), len(text), crc32(data, crc32(text)))
     whole = memoryview(b"".join((header, _CHECKSUM.pack(crc32(header)), text, data)))
-    while whole:  # a raw file may take a part
+    while whole:  # an unbuffered file may write only a part
         whole = whole[file.write(whole) :]

@@ -1,7 +1,7 @@
-"""Metadata in a form that a server filters without knowing our types: tags for equality, doubles for order; pure.
+"""Metadata in a form that any server can filter: tags for equality, doubles for order. Pure.
 
-What the server lets through may be more than what matches (a tag is a short hash, a double rounds an int beyond 53
-bits), never less; the caller keeps what `memstate_sa.indexes._filters.matches`.
+The server may return more points than match, never fewer: a tag is a short hash, and a double rounds an int beyond 53
+bits. The caller checks each point with `memstate_sa.indexes._filters.matches`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def stored(metadata: Mapping[str, Scalar], name: str) -> dict[str, Scalar]:
     for key, value in metadata.items():
         if not isinstance(value, str | bool | int | float | None):
             raise DeliveryRejected(
-                f"metadata {key!r} of {name} is {type(value).__name__}: neither text, bool nor number"
+                f"Cannot store metadata {key!r} of {name}. It is {type(value).__name__}, but must be text, bool or a "
+                "number."
             )
         storable_value = storable(value)
         if storable_value is not None:
@@ -32,7 +33,7 @@ def stored(metadata: Mapping[str, Scalar], name: str) -> dict[str, Scalar]:
 
 
 def tags(metadata: Mapping[str, Scalar]) -> list[str]:
-    """One for each value, and one for each key that has a number."""
+    """One tag for each value, and one for each key with a number."""
     return [tag(key, value) for key, value in metadata.items()] + [has_number(key) for key in numbers(metadata)]
 
 
@@ -45,7 +46,7 @@ def numbers(metadata: Mapping[str, Scalar]) -> dict[str, float]:
 
 
 def tag(key: str, value: Scalar) -> str:
-    """Ten hex digits, the same for 1 and 1.0, others for True and "1"."""
+    """Ten hex digits. 1 and 1.0 have the same tag, True and "1" have others."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return _digest(key, f"{type(value).__name__} {value}")
@@ -56,7 +57,7 @@ def has_number(key: str) -> str:
 
 
 def number_name(key: str) -> str:
-    """A field name for the number under *key*, which may hold any character."""
+    """The name of the field for the number under *key*. The key itself may hold characters that no field name has."""
     return f"n{_digest(key, 'name')}"
 
 

@@ -1,4 +1,4 @@
-"""Vectors at length 1, for an index that compares directions and loses, or overflows on, their lengths; pure."""
+"""Unit vectors, for indexes that compare directions only. Such an index loses lengths, or overflows on them. Pure."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from memstate_sa.indexes.base import Vector
 
 
 def unit_rows(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """*rows* at length 1, and their lengths, of shape ``(n,)``; a zero vector stays what it is.
+    """*rows* scaled to length 1, and their lengths, of shape ``(n,)``. A zero vector is unchanged.
 
-    In double precision: the square of 3e38 is no float32, and that of 1e-38 is zero.
+    Computed in double precision: in float32 the square of 3e38 overflows, and the square of 1e-38 is zero.
     """
     doubles = rows.astype(np.float64)
     norms = np.linalg.norm(doubles, axis=1)
@@ -19,10 +19,10 @@ def unit_rows(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[n
 
 
 def clipped_distance(distance: float) -> float:
-    """*distance* in the range of the cosine distance, which rounding may leave."""
+    """*distance* clipped to 0 … 2, the range of the cosine distance. Rounding can leave this range."""
     return min(max(distance, 0.0), 2.0)
 
 
 def at_length(unit: Vector, norm: float) -> Vector:
-    """The vector that `unit_rows` made *unit* of, but for its last bit."""
+    """The vector from which `unit_rows` made *unit*. The last bit may differ."""
     return (unit.astype(np.float64) * norm).astype(np.float32)

@@ -1,6 +1,6 @@
-"""Run in a process of its own: ``python _vacuum.py FOLDER`` removes from a Chroma folder what was deleted there.
+"""Remove deleted points from the files of a Chroma folder: ``python _vacuum.py FOLDER``, in a separate process.
 
-Two copies of SQLite in one process, Python's and Chroma's, would let go of each other's locks on the same file
+Python and Chroma each bring a copy of SQLite. In one process, each copy would release the other's locks on a file
 (https://sqlite.org/howtocorrupt.html, "Multiple copies of SQLite linked into the same application").
 """
 
@@ -14,17 +14,18 @@ from pathlib import Path
 
 
 def main(folder: Path) -> None:
-    # Before the segments are read: of one that is made meanwhile, the row comes first.
+    # List the files before reading the rows. Chroma writes a new segment's row before its files, so every listed
+    # segment that is in use has its row.
     vectors = [path for path in folder.iterdir() if (path / "header.bin").is_file()]
     with closing(sqlite3.connect(folder / "chroma.sqlite3", timeout=30, isolation_level=None)) as connection:
-        # A folder of before "automatically_purge" keeps every write that there ever was.
+        # A folder older than Chroma's "automatically_purge" setting keeps every write.
         connection.execute(
             "DELETE FROM embeddings_queue WHERE NOT EXISTS (SELECT 1 FROM collections WHERE topic LIKE '%' || id)"
         )
-        # Until its pieces are merged, the index of words holds those of documents that are gone.
+        # The full-text index holds the words of deleted documents until it is rebuilt.
         connection.execute("INSERT INTO embedding_fulltext_search (embedding_fulltext_search) VALUES ('rebuild')")
         connection.execute("VACUUM")
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # does nothing where there is none
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # does nothing without a WAL file
         segments = {id_ for (id_,) in connection.execute("SELECT id FROM segments")}
     for path in vectors:
         if path.name not in segments:  # Chroma leaves the vectors of a deleted collection there

@@ -1,4 +1,4 @@
-"""The port to a vector index: its methods, and the values that they take and return."""
+"""The port to a vector index: its methods, their arguments and their results."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ and infinity are stored as None.
 class Point:
     """One fact as an index stores it.
 
-    ``vector`` has shape ``(dimension,)``; ``fingerprint`` identifies the content the vector was made from; ``epoch`` is
-    the claim under which it is written (an index that can fence refuses a lower one); ``text`` is set only with
-    ``store_text=True``.
+    - ``vector`` has shape ``(dimension,)``.
+    - ``fingerprint`` identifies the content from which the vector was made.
+    - ``epoch`` is that of the claim under which the point is written. A `FencedIndex` refuses a lower one.
+    - ``text`` is set only with ``store_text=True``.
     """
 
     id: str
@@ -41,7 +42,7 @@ class Point:
 
 
 class Match(NamedTuple):
-    """A neighbour of a query vector; ``distance`` is the cosine distance, 0 identical to 2 opposite."""
+    """A neighbour of a query vector. ``distance`` is the cosine distance: from 0 (identical) to 2 (opposite)."""
 
     id: str
     distance: float
@@ -49,16 +50,16 @@ class Match(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A stored point as `VectorIndex.scan` lists it."""
+    """A stored point in the list of `VectorIndex.scan`."""
 
     id: str
     fingerprint: str
 
 
 class Stored(NamedTuple):
-    """A stored point with its vector, as `VectorIndex.get` returns it.
+    """A stored point with its vector, the result of `VectorIndex.get`.
 
-    The vector may have lost its last bit: Chroma keeps it normalised.
+    The last bit of the vector may differ, because Chroma stores it normalised.
     """
 
     id: str
@@ -68,7 +69,7 @@ class Stored(NamedTuple):
 
 @runtime_checkable
 class VectorIndex(Protocol):
-    """A vector index. Implement it to bring your own.
+    """A vector index. Implement this protocol to use your own.
 
     Every call may come from any thread. Writes are idempotent: the last upsert of an id wins, and deleting an absent id
     is not an error. Failures are raised as `DeliveryRetryable` (unavailable, try again) or `DeliveryRejected` (these
@@ -77,32 +78,32 @@ class VectorIndex(Protocol):
 
     @property
     def incarnation(self) -> str:
-        """Identifies this content's lifetime: the relay refills an index whose incarnation it does not know.
+        """An id for one lifetime of the content. The relay refills an index if it does not know the incarnation.
 
-        It changes when the index was lost, emptied or swapped; an index that does not outlive its process makes up a
-        new one each time.
+        It changes when the index was lost, emptied or swapped. An index that does not outlive its process has a new
+        incarnation each time.
         """
         ...
 
     @property
     def max_batch(self) -> int:
-        """The most points one `upsert`, and the most ids one `delete` or `get`, may carry."""
+        """The largest number of points for one `upsert`, and of ids for one `delete` or `get`."""
         ...
 
-    # An index that lives in the process that writes to it may say so by an attribute ``in_process = True``: nothing of
-    # a process that has ended lands in it any more, and the next relay need not wait for its lease. A relay reads and
-    # embeds the next page while another index is called, in a thread.
+    # An index inside the writing process may set an attribute ``in_process = True``. A process that has ended cannot
+    # write to such an index any more, so the next relay does not wait for its lease. For other indexes, a relay makes
+    # each call in a thread, and reads and embeds the next page at the same time.
 
     def open(self, *, embedder: str, dimension: int) -> None:
-        """Create the index, or check that the stored one fits. Idempotent; called before anything else.
+        """Create the index, or check that the stored one fits. Idempotent. Called before all other methods.
 
-        ``embedder`` is `Embedder.fingerprint`. Raises IndexMismatch, naming both sides, when the stored index was built
-        by another embedder, with another dimension, or with a distance that is not cosine.
+        ``embedder`` is `Embedder.fingerprint`. Raises IndexMismatch if the stored index was built by another embedder,
+        with another dimension, or with another distance than cosine. The message names both sides.
         """
         ...
 
     def upsert(self, points: Sequence[Point]) -> None:
-        """Store *points*, replacing vector, fingerprint, text and all metadata of ids already there."""
+        """Store *points*. Replace vector, fingerprint, text and all metadata of ids that exist already."""
         ...
 
     def delete(self, ids: Sequence[str]) -> None: ...
@@ -110,18 +111,18 @@ class VectorIndex(Protocol):
     def query(
         self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
     ) -> list[Match]:
-        """The *limit* nearest points, nearest first, among *ids* and satisfying *where* when given.
+        """The *limit* nearest points, nearest first. *where* and *ids*, if set, restrict the choice.
 
-        Fewer than *limit* means that there are no more.
+        A result shorter than *limit* holds all points that match.
         """
         ...
 
     def get(self, ids: Sequence[str]) -> list[Stored]:
-        """The stored points among *ids*, in any order; absent ones are left out."""
+        """The stored points among *ids*, in any order. Absent ids are left out."""
         ...
 
     def scan(self, after: str | None, limit: int) -> list[Entry]:
-        """Up to *limit* entries with an id greater than *after*, ordered by id (code point order).
+        """Up to *limit* stored points with an id greater than *after*, ordered by id (code point order).
 
         Points that memstate_sa did not write are left out. An empty list means the end.
         """
@@ -132,40 +133,43 @@ class VectorIndex(Protocol):
 
 @runtime_checkable
 class FencedIndex(VectorIndex, Protocol):
-    """An index that leaves alone what was written, or deleted, under a higher epoch than a write's.
+    """An index that ignores a write if its id was written or deleted under a higher epoch.
 
-    A relay that was overtaken may still be writing. Here that has no effect; elsewhere the keys are delivered again as
-    soon as it finds out.
+    A relay that lost its claim may still be writing. In this index its writes have no effect. In other indexes its keys
+    are delivered again as soon as the relay notices.
     """
 
     @property
     def fences(self) -> bool: ...
 
     def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
-        """Remembers *epoch* for each id."""
+        """Delete the points, and remember *epoch* for each id."""
         ...
 
 
 def is_fenced(index: VectorIndex) -> TypeGuard[FencedIndex]:
-    """Whether *index* is a `FencedIndex`. Before Python 3.12 isinstance() asks the server for the incarnation."""
+    """Whether *index* is a `FencedIndex`.
+
+    Not by isinstance(): before Python 3.12 it reads the property ``incarnation``, which may call the server.
+    """
     return bool(getattr(index, "fences", False))
 
 
 @runtime_checkable
 class PurgeableIndex(VectorIndex, Protocol):
-    """An index whose files go on holding what was deleted from it, until they are rewritten."""
+    """An index whose files still hold deleted points until they are rewritten."""
 
     def purge(self) -> None:
-        """Rewrite the files without what is deleted; the index may have another incarnation afterwards.
+        """Rewrite the files without the deleted points. The index may have another incarnation afterwards.
 
-        Raises MemstateError, saying what to do, where the files are out of reach.
+        Raises MemstateError if the files are out of reach. The message says what to do.
         """
         ...
 
 
 @runtime_checkable
 class RemakableIndex(Protocol):
-    """An index whose files may be damaged. `open` then raises IndexBroken."""
+    """An index whose files can be damaged. `open` then raises IndexBroken."""
 
     def remake(self) -> None:
         """Delete the index. The next `open` creates it again, with another incarnation."""
@@ -174,17 +178,17 @@ class RemakableIndex(Protocol):
 
 @runtime_checkable
 class MarkedIndex(VectorIndex, Protocol):
-    """An index that keeps one short text beside its points, wherever it keeps those, and loses it only with them.
+    """An index that keeps one short text, the mark, in the same place as its points. It loses both only together.
 
-    The relay compares it with the database. It tells when either of the two was restored from a backup.
+    The relay compares the mark with the database. A difference shows that one of them was restored from a backup.
     """
 
     def read_mark(self) -> str | None:
-        """The text that was written last, by any process; None when there was none."""
+        """The text that any process wrote last, or None."""
         ...
 
     def write_mark(self, mark: str) -> None:
-        """Keep *mark*, of at most 100 characters, instead of the one before. It changes neither points nor incarnation.
+        """Replace the mark by *mark*, of at most 100 characters. Points and incarnation do not change.
 
         When this returns, *mark* is as durable as points are.
         """
@@ -192,23 +196,23 @@ class MarkedIndex(VectorIndex, Protocol):
 
 
 def keeps_mark(index: VectorIndex) -> TypeGuard[MarkedIndex]:
-    """Whether *index* is a `MarkedIndex`; not by isinstance, as in `is_fenced`."""
+    """Whether *index* is a `MarkedIndex`. Not by isinstance(), for the reason in `is_fenced`."""
     return callable(getattr(index, "write_mark", None))
 
 
 def matrix(vectors: Sequence[Vector], dimension: int, names: Sequence[str]) -> NDArray[np.float32]:
     """*vectors* as one matrix of shape ``(n, dimension)``.
 
-    Raises DeliveryRejected, with its name, for a vector of another shape or with NaN or infinity: one of those in an
-    index makes every distance to it meaningless.
+    Raises DeliveryRejected for a vector of another shape, or with NaN or infinity: every distance to such a vector
+    would be meaningless. The message has the vector's name, from *names*.
     """
     for vector, name in zip(vectors, names, strict=True):
         shape = np.shape(vector)
         if shape != (dimension,):
-            raise DeliveryRejected(f"the vector of {name} has shape {shape}; this index holds ({dimension},)")
-    with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinity, refused below
+            raise DeliveryRejected(f"The vector of {name} has shape {shape}. This index holds ({dimension},).")
+    with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinity, which is refused below
         rows = np.array(vectors, dtype=np.float32).reshape(len(vectors), dimension)
     finite = np.isfinite(rows).all(axis=1)
     if not finite.all():
-        raise DeliveryRejected(f"the vector of {names[int(np.argmin(finite))]} holds NaN or infinity")
+        raise DeliveryRejected(f"The vector of {names[int(np.argmin(finite))]} holds NaN or infinity.")
     return rows

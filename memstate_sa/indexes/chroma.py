@@ -1,6 +1,6 @@
 """Chroma as a vector index: in memory, in a folder, or a server.
 
-What this file works around was measured on chromadb 1.5.9; each workaround says what it is for.
+The workarounds here were measured on chromadb 1.5.9. A comment at each one says why it is needed.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
     from memstate_sa.indexes._folder import LockedFolder
 
-# In a point's metadata. A point without it is foreign, and is left alone. It is the only field of ours, and its
-# name is short: each field of a point costs 6 to 13 % of Chroma's writing rate.
+# In a point's metadata. A point without it is foreign, and is left alone. There is only this one field, with a short
+# name, because each field of a point costs 6 to 13 % of Chroma's write rate.
 _FINGERPRINT = "memstate_sa"
 _PAUSES_S = (0.01, 0.05, 0.25)
-"""In the first write to a collection, its metadata comes before its vectors. A query in between fails with
-InternalError ("Nothing found on disk"): ask again a little later."""
+"""The first write to a collection stores metadata before vectors. A query in between fails with InternalError
+("Nothing found on disk"), so it is repeated after these pauses."""
 _COPIED = 1000
-"""Points that are copied at a time: a few MB."""
+"""The number of points in one batch of a copy: a few MB."""
 # In the collection's metadata.
 _EMBEDDER = "memstate_embedder"
 _DIMENSION = "memstate_dimension"
@@ -56,16 +56,18 @@ _MARK = "memstate_mark"
 class ChromaIndex(Adapter):
     """The collection *name* of any chromadb client: EphemeralClient, PersistentClient or HttpClient.
 
-    Distance is cosine; the text of a fact is stored only with *store_text* (deleted text stays readable in Chroma's
-    files until the collection is rebuilt). The client stays the caller's: it is not closed.
+    Distance is cosine. The text of a fact is stored only with *store_text*. Deleted text stays readable in Chroma's
+    files until the collection is rebuilt. `close` does not close the client: it belongs to the caller.
 
-    Two processes on one PersistentClient folder corrupt it, so `open` locks the folder (``memstate.lock``) and a second
-    process gets MemstateError; several processes need a server: ``chroma run --path <folder>`` and an HttpClient.
+    Two processes on one PersistentClient folder corrupt it. So `open` locks the folder (``memstate.lock``), and a
+    second process gets MemstateError. For several processes, run a server (``chroma run --path <folder>``) and use
+    an HttpClient.
 
-    ``incarnation`` is the collection's id, looked up by `open` each time. A collection that was deleted in between is
-    noticed by the next call: that one raises DeliveryRetryable, the one after it works on a new, empty collection.
+    ``incarnation`` is the collection's id, which `open` looks up each time. If the collection was deleted after that,
+    the next call raises DeliveryRetryable, and the call after it works on a new, empty collection.
 
-    Points of others in the same collection are left alone, but crowd the search: it fetches more until enough are ours.
+    Foreign points in the same collection are left alone. They slow the search down, which fetches more points until
+    enough are its own.
     """
 
     _vendor = "Chroma"
@@ -79,12 +81,12 @@ class ChromaIndex(Adapter):
         self._store_text = store_text
         self._make_mutex()
         forks.in_child(self, ChromaIndex._make_mutex)
-        self._copying = threading.Lock()  # a write during the copy would not be in it
+        self._copying = threading.Lock()  # the copy would miss a write that happens at the same time
         self._collection: Collection | None = None
         self._max_batch = 0
         self._folder: LockedFolder | None = None
         self._listing = IdListing()
-        self._undamaged = ""  # the collection whose files are known to be whole
+        self._undamaged = ""  # the id of the collection whose files were checked and are complete
 
     def _make_mutex(self) -> None:
         self._mutex = threading.RLock()
@@ -125,14 +127,17 @@ class ChromaIndex(Adapter):
         ids = [point.id for point in points]
         vectors = matrix([point.vector for point in points], self._dimension, ids)
         with self._writing("upsert") as collection:
-            # Chroma merges: a metadata key stays unless it is written as None, a document unless it is overwritten.
-            # Reading the stored points first costs 2-4 % of the write.
+            # Chroma merges with the stored point. An old metadata key stays unless the write sets it to None, and a
+            # document stays unless the write replaces it. Reading the stored points first costs 2-4 % of the write.
             stored = collection.get(ids=ids, include=["metadatas", "documents"])
             keys = {id_: dict.fromkeys(metadata or {}) for id_, metadata in _rows(stored, "metadatas")}
             ids_with_text = {id_ for id_, document in _rows(stored, "documents") if document}
             foreign = [id_ for id_ in keys if _FINGERPRINT not in keys[id_]]
             if foreign:
-                raise DeliveryRejected(f"collection {self._name!r} holds a point {foreign[0]!r} that is not ours")
+                raise DeliveryRejected(
+                    f"Cannot write point {foreign[0]!r}. Collection {self._name!r} already holds a point with this id "
+                    "that memstate_sa did not write."
+                )
             metadatas: list[Any] = [
                 {
                     **keys.get(point.id, {}),
@@ -154,7 +159,7 @@ class ChromaIndex(Adapter):
 
     def delete(self, ids: Sequence[str]) -> None:
         with self._writing("delete") as collection:
-            # Not delete(where=...): beside ids it costs 6 ms for each of them.
+            # Not delete(ids=..., where=...): with both, Chroma needs 6 ms for each id.
             own_ids = [id_ for id_, fingerprint in self._fingerprints(collection, ids) if fingerprint is not None]
             if own_ids:
                 collection.delete(ids=own_ids)
@@ -168,7 +173,8 @@ class ChromaIndex(Adapter):
         if condition is None or unique_ids == [] or limit < 1:
             return []
         filters = _where(condition) if condition else None
-        # No `where` on our marker: one that matches everything makes a query of 2 ms over 10,000 points take 50.
+        # No `where` for the fingerprint: a condition that all points satisfy slows a query over 10,000 points down from
+        # 2 ms to 50 ms.
         count = limit
         with self._using("query") as collection:
             while True:
@@ -195,11 +201,12 @@ class ChromaIndex(Adapter):
             ]
 
     def scan(self, after: str | None, limit: int) -> list[Entry]:
-        """Up to *limit* entries with an id greater than *after*, ordered by id.
+        """Up to *limit* stored points with an id greater than *after*, ordered by id.
 
-        Chroma lists in order of insertion only, and its pages shift when points are deleted. So a pass begins
-        by listing the ids alone (27 ms for 10,000; some 100 bytes each), which is kept until its end; fingerprints are
-        read page by page. A point first written during a pass may be missing from it: ask `get` before believing so.
+        Chroma lists only in order of insertion, and its pages shift when points are deleted. So a scan begins with a
+        list of all ids, and keeps it until its end. The list takes 27 ms for 10,000 ids, and about 100 bytes an id.
+        Fingerprints are read page by page. A scan may miss a point that was first written during the scan: check
+        missing ids with `get`.
         """
         with self._using("scan") as collection:
             size = min(limit, self.max_batch)
@@ -211,16 +218,16 @@ class ChromaIndex(Adapter):
             return []
 
     def purge(self) -> None:
-        """Replace the collection by a copy, and rewrite the folder: what was deleted is not in its files any more.
+        """Replace the collection by a copy, and rewrite the folder. The files hold no deleted points afterwards.
 
-        The copy is another incarnation, so the relay compares it with the tables, without new embeddings. The files of
-        a server are out of reach: raises MemstateError.
+        The copy is another incarnation, so the relay compares it with the tables, without new embeddings. Raises
+        MemstateError for a Chroma server, because its files are out of reach.
         """
         settings = self._client.get_settings()
         if settings.chroma_server_host:
             raise MemstateError(
-                f"collection {self._name!r} is in the files of a Chroma server: stop the server, and purge with a "
-                "PersistentClient on its folder"
+                f"Cannot purge collection {self._name!r}. Its files belong to a Chroma server. Stop the server, and "
+                "purge with a PersistentClient on its folder."
             )
         if not settings.is_persistent:
             return
@@ -236,7 +243,7 @@ class ChromaIndex(Adapter):
                 self._folder.vacuum()
 
     def remake(self) -> None:
-        """Delete the collection, and the points of others in it. The next call makes a new one."""
+        """Delete the collection, with all foreign points in it. The next call creates a new one."""
         with self._mutex, self._translated("delete"):
             self._folder = self._folder or self._folders.lock(self._client)
             self._client.delete_collection(self._name)
@@ -245,7 +252,8 @@ class ChromaIndex(Adapter):
 
     def read_mark(self) -> str | None:
         with self._using("read the mark of"):
-            current = self._client.get_collection(self._name, embedding_function=None)  # another process may write it
+            # Read it from Chroma each time, because another process may write it.
+            current = self._client.get_collection(self._name, embedding_function=None)
             return (current.metadata or {}).get(_MARK)
 
     def write_mark(self, mark: str) -> None:
@@ -253,7 +261,7 @@ class ChromaIndex(Adapter):
             collection.modify(metadata=_without_space({**(collection.metadata or {}), _MARK: mark}))
 
     def close(self) -> None:
-        """Release the folder; the client stays open."""
+        """Release the folder. The client stays open."""
         with self._mutex:
             self._opened = self._collection = None
             self._listing.clear()
@@ -269,7 +277,7 @@ class ChromaIndex(Adapter):
 
     @contextmanager
     def _using(self, action: str) -> Iterator[Collection]:
-        """The open collection. Errors of Chroma become a DeliveryError."""
+        """The open collection. Errors of Chroma are raised as DeliveryError."""
         with self._translated(action):
             with self._mutex:
                 opened = self._open_state
@@ -281,14 +289,14 @@ class ChromaIndex(Adapter):
 
     @contextmanager
     def _writing(self, action: str) -> Iterator[Collection]:
-        """The open collection, while it is not being copied. That of a server never is."""
+        """The open collection, locked against `purge`. `purge` never copies a server's collection, so no lock there."""
         with self._copying if self.in_process else nullcontext(), self._using(action) as collection:
             yield collection
 
     def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
         if isinstance(error, self._errors.NotFoundError):
             self._collection = None
-            return DeliveryRetryable(f"Chroma collection {self._name!r} is gone; the next call opens it anew")
+            return DeliveryRetryable(f"Chroma collection {self._name!r} was deleted. The next call creates it again.")
         if isinstance(error, self._errors.ChromaError):
             is_retryable = retryable_status(error.code())
             return (DeliveryRetryable if is_retryable else DeliveryRejected)(f"{message}: {type(error).__name__}")
@@ -309,40 +317,40 @@ class ChromaIndex(Adapter):
                 embedding_function=None,
             )
         self._check_files(collection)
-        # `collection.configuration` warns for a collection without an embedding function; the JSON does not.
+        # `collection.configuration` warns about a missing embedding function. `configuration_json` does not.
         configuration = collection.configuration_json
         space = (configuration.get("hnsw") or configuration.get("spann") or {}).get("space", "l2")
         metadata = collection.metadata or {}
         stored_embedder = metadata.get(_EMBEDDER, embedder)
-        # Unstamped: Chroma knows the dimension as soon as the collection holds a point.
+        # Without our metadata, Chroma itself knows the dimension as soon as the collection holds a point.
         stored_dimension = metadata.get(_DIMENSION) or collection.get_model().dimension or dimension
         if (space, stored_embedder, stored_dimension) != ("cosine", embedder, dimension):
             raise IndexMismatch(
-                f"Chroma collection {self._name!r} was built with embedder {stored_embedder!r}, {stored_dimension} "
-                f"dimensions and {space} distance; asked for: {embedder!r}, {dimension} dimensions, cosine distance. "
-                "Use another collection name, or delete this collection to have it rebuilt"
+                f"Cannot use Chroma collection {self._name!r}. It was built with embedder {stored_embedder!r}, "
+                f"{stored_dimension} dimensions and {space} distance, but this Memory needs {embedder!r}, {dimension} "
+                "dimensions and cosine distance. Use another collection name, or delete this collection to rebuild it."
             )
         if _EMBEDDER not in metadata:
             collection.modify(metadata=_without_space({**metadata, _EMBEDDER: embedder, _DIMENSION: dimension}))
         return collection
 
     def _check_files(self, collection: Collection) -> None:
-        """Before Chroma reads them: it may search what is left, or crash the process."""
+        """Raise IndexBroken for damaged files, before Chroma reads them. It would miss points, or crash the process."""
         if self._folder is None or self._undamaged == str(collection.id):
             return
         folder = Path(self._client.get_settings().persist_directory).resolve()
         damage = find_damage(folder, str(collection.id))
         if damage is not None:
             raise IndexBroken(
-                f"The files of Chroma collection {self._name!r} are damaged: {damage}. A crash can do that, "
-                "or a copy of a folder in use. Make the collection anew: memory.verify(engine, repair=True)."
+                f"The files of Chroma collection {self._name!r} are damaged: {damage}. The cause may be a crash, or a "
+                "copy of a folder in use. Rebuild the collection with memory.verify(engine, repair=True)."
             )
         self._undamaged = str(collection.id)
 
     def _copied(self, collection: Collection) -> Collection:
-        """A new collection of the same points, those of others among them."""
+        """A new collection with the same points, including foreign ones."""
         name = f"{self._name}.copy"
-        with suppress(self._errors.NotFoundError):  # of a purge that was killed
+        with suppress(self._errors.NotFoundError):  # left by a purge that was killed
             self._client.delete_collection(name)
         configuration: Any = {"hnsw": collection.configuration_json["hnsw"]}
         metadata = {key: value for key, value in collection.metadata.items() if not key.startswith("hnsw:")}
@@ -353,7 +361,7 @@ class ChromaIndex(Adapter):
         for start in range(0, len(ids), _COPIED):
             batch = ids[start : start + _COPIED]
             points: Any = collection.get(ids=batch, include=["embeddings", "metadatas", "documents"])
-            if points["ids"]:  # unless all of them were deleted by now
+            if points["ids"]:  # unless others have deleted all of them
                 copy.add(
                     ids=points["ids"],
                     embeddings=points["embeddings"],
@@ -378,8 +386,8 @@ class ChromaIndex(Adapter):
                 return ask(ids)
             except self._errors.InternalError:
                 if ids is not None:
-                    # One absent id among *ids* fails the whole query, and so does one that is being written
-                    # meanwhile. Reading those that are there costs no more among few.
+                    # The whole query fails if one of *ids* is absent, or is being written at the moment. Comparing
+                    # the stored points here costs no more, because *ids* are few.
                     with suppress(self._errors.InternalError):
                         return self._exactly(collection, query[0], limit, where, ids)
                 time.sleep(pause)
@@ -403,7 +411,7 @@ class ChromaIndex(Adapter):
         return [(rows[place][0], float(distances[place]), rows[place][1]) for place in order]
 
     def _fingerprints(self, collection: Collection, ids: Sequence[str]) -> list[tuple[str, str | None]]:
-        """The fingerprint of each stored point among *ids*, None for one that is not ours."""
+        """The fingerprint of each stored point among *ids*. It is None for a foreign point."""
         unique = list(dict.fromkeys(ids))
         if not unique:
             return []
@@ -412,20 +420,20 @@ class ChromaIndex(Adapter):
 
 
 def _without_space(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """modify() replaces the metadata, and refuses "hnsw:space", which the configuration holds as well."""
+    """*metadata* for modify(), which refuses "hnsw:space". The configuration holds that value as well."""
     return {key: value for key, value in metadata.items() if key != "hnsw:space"}
 
 
 def _rows(answer: Any, *columns: str) -> Iterator[tuple[Any, ...]]:
-    """Chroma's answer, which is columns, as rows that begin with the id."""
+    """The columns of Chroma's answer as rows. Each row begins with the id."""
     return zip(answer["ids"], *(answer[column] for column in columns), strict=True)
 
 
 def _where(condition: dict[str, Any]) -> dict[str, Any]:
     """The canonical filter as a Chroma ``where``.
 
-    Chroma compares integers with a fraction truncated: ``$eq 0.5`` matches 0, ``$lt -0.5`` misses -1. Integers at
-    either side of the fraction settle it.
+    Chroma truncates a fraction before it compares it with integers: ``$eq 0.5`` matches 0, ``$lt -0.5`` misses -1. So
+    the condition is combined with one on the integer next to the fraction.
     """
     [(key, value)] = condition.items()
     if key in ("$and", "$or"):

@@ -1,4 +1,4 @@
-"""FAISS as a vector index: exact, in this process, and kept in a folder."""
+"""FAISS as a vector index: exact, in this process, and stored in a folder."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
 logger = printable_logger("memstate_sa.indexes")
 
-_ADVICE = "open it once, and share the object; several processes need an index with a server, such as PgVectorIndex"
+_ADVICE = "Open it once and share the object. For several processes, use an index with a server, such as PgVectorIndex."
 _SPARE = 10_000
-"""The journal is rewritten when it has more than twice as many changes as there are points, and so many more."""
+"""The journal is rewritten when it has more changes than twice the number of points plus this number."""
 _IN_A_RECORD = 5_000
 _REMEMBERED = 100_000
-"""Deleted ids that are remembered for their epochs: only a thread of this process can fall short of one."""
+"""The number of deleted ids whose epochs are remembered. Only late threads of this process need them."""
 
 
 class FaissIndex(Adapter):
-    """A flat index of inner products over unit vectors, so exact: some 10 ms for 100,000 points of 256 dimensions.
+    """An exact index: inner products of unit vectors, about 10 ms for 100,000 points of 256 dimensions.
 
-    Everything is in memory, and in *folder* as a journal of changes with checksums: what a call has returned from is on
-    the disk, and a ``kill -9`` at any moment loses nothing of it. The journal is replaced, as a whole, by one without
-    what is gone when that has become the larger part, and by `purge`. One that a disk has damaged is as good as lost:
-    ``incarnation`` changes, and the relay compares what is left with the tables.
+    All points are in memory, and in *folder* as a journal of changes with checksums. A change is on the disk when the
+    call returns, and a ``kill -9`` at any moment loses none. `purge` rewrites the journal without deleted points. A
+    write also rewrites it when they have become the larger part. If the disk damages the journal, ``incarnation``
+    changes, and the relay compares the remaining points with the tables.
 
-    One object at a time may have a folder open, which is locked (``memstate.lock``); several processes need an index
+    Only one object at a time may open a folder: it is locked (``memstate.lock``). For several processes, use an index
     with a server. Writes are fenced by their epochs (`FencedIndex`). The text of a fact is not stored.
     """
 
@@ -61,11 +61,11 @@ class FaissIndex(Adapter):
         self._make_mutex()
         forks.in_child(self, FaissIndex._make_mutex)
         self._journal = Journal(Path(folder).resolve() / "points.journal")
-        self._written = 0  # points and deletions that the journal has
+        self._written = 0  # the number of changes in the journal
         self._folder: LockedFolder | None = None
         self._state: dict[str, Any] = {}
         self._points: Flat | None = None
-        self._buried: dict[str, int] = {}  # epochs of deleted ids; they outlive close(), as threads do
+        self._buried: dict[str, int] = {}  # epochs of deleted ids, kept after close() because late threads may write
 
     def _make_mutex(self) -> None:
         self._mutex = threading.RLock()
@@ -124,7 +124,7 @@ class FaissIndex(Adapter):
                 flat.remove(stored_ids)
             for id_, highest in epochs.items():
                 if highest:
-                    self._buried.pop(id_, None)  # the newest last
+                    self._buried.pop(id_, None)  # so that the newest id comes last
                     self._buried[id_] = highest
             while len(self._buried) > _REMEMBERED:
                 del self._buried[next(iter(self._buried))]
@@ -156,7 +156,7 @@ class FaissIndex(Adapter):
             return [Entry(id_, flat.points[id_].fingerprint) for id_ in ids[start : start + limit]]
 
     def purge(self) -> None:
-        """Replace the journal by one without what was deleted or replaced; the incarnation stays."""
+        """Rewrite the journal without deleted and replaced points. The incarnation stays."""
         with self._using("purge") as flat:
             self._compact(flat)
 
@@ -171,7 +171,7 @@ class FaissIndex(Adapter):
             self._wrote(1)
 
     def close(self) -> None:
-        """Release the folder, and the memory."""
+        """Release the folder and the memory."""
         with self._mutex:
             self._journal.close()
             self._opened = self._points = None
@@ -183,7 +183,7 @@ class FaissIndex(Adapter):
 
     @contextmanager
     def _using(self, action: str) -> Iterator[Flat]:
-        """The points, for this thread alone. Errors become a DeliveryError."""
+        """The points, locked for this thread. Errors are raised as DeliveryError."""
         with self._mutex, self._translated(action):
             assert self._open_state
             assert self._points is not None
@@ -203,8 +203,9 @@ class FaissIndex(Adapter):
         theirs, size = self._state["embedder"], self._state["dimension"]
         if (theirs, size) != (embedder, dimension):
             raise IndexMismatch(
-                f"{self._place} was built with embedder {theirs!r}, {size} dimensions; asked for: {embedder!r}, "
-                f"{dimension} dimensions. Use another folder, or delete this one to have it rebuilt"
+                f"Cannot use {self._place}. It was built with embedder {theirs!r} and {size} dimensions, but this "
+                f"Memory needs {embedder!r} and {dimension} dimensions. Use another folder, or delete this one to "
+                "rebuild it."
             )
 
     def _load(self, embedder: str, dimension: int) -> None:
@@ -244,11 +245,11 @@ class FaissIndex(Adapter):
         if self._points is not None and self._written > 2 * len(self._points.points) + _SPARE:
             try:
                 self._compact(self._points)
-            except OSError as error:  # what was written is on the disk all the same, and must not be delivered again
-                logger.warning("the journal in %s could not be made shorter: %s", self._place, error.strerror)
+            except OSError as error:  # no failure of the write: it is on the disk, and must not be delivered again
+                logger.warning("Could not shorten the journal in %s: %s", self._place, error.strerror)
 
     def _compact(self, points: Flat) -> None:
-        self._written = len(points.points)  # if it fails, it is tried again after as many writes
+        self._written = len(points.points)  # set it first, so that a failure is not repeated at every write
         try:
             self._journal.replace(self._records(points))
         finally:
@@ -271,5 +272,5 @@ class FaissIndex(Adapter):
 
 
 def _passes(epoch: int, highest: int) -> bool:
-    """Whether a write under *epoch* may change what was written under *highest*; 0 always may."""
+    """Whether a write under *epoch* may change a point written under epoch *highest*. Epoch 0 always may."""
     return epoch == 0 or epoch >= highest

@@ -1,4 +1,4 @@
-"""An exact index in this process's memory: for tests, demos and small, rebuildable sets."""
+"""An exact index in this process's memory, for tests, demos and small sets of facts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class _StoredPoint(NamedTuple):
 
 
 class InMemoryIndex(Adapter):
-    """Exact cosine distance in NumPy; 10,000 points of 256 dimensions are searched in 1-2 ms.
+    """Exact cosine distance in NumPy. A search among 10,000 points of 256 dimensions takes 1-2 ms.
 
-    Nothing outlives the object: its ``incarnation`` is new each time, and the relay refills it. A zero vector is at
-    distance 1.0 from everything. Writes are fenced by their epochs (`FencedIndex`).
+    The points live as long as the object. Each object has a new ``incarnation``, so the relay refills it. A zero vector
+    has distance 1.0 from every vector. Writes are fenced by their epochs (`FencedIndex`).
     """
 
     fences = True
@@ -37,11 +37,12 @@ class InMemoryIndex(Adapter):
 
     def __init__(self, *, max_batch: int = 10_000) -> None:
         self._max_batch = max_batch
-        # Row n of `_units` is the unit vector of `_ids[n]`; rows past len(_ids) are spare, for growing in steps.
+        # Row n of `_units` is the unit vector of `_ids[n]`. The rows after len(_ids) are spare: the array grows in
+        # steps.
         self._units: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
         self._ids: list[str] = []
         self._points: dict[str, _StoredPoint] = {}
-        self._epochs: dict[str, int] = {}  # of deleted ids too
+        self._epochs: dict[str, int] = {}  # also those of deleted ids
         self._sorted_ids: list[str] | None = None
         self._mark: str | None = None
         self._begin()
@@ -52,9 +53,9 @@ class InMemoryIndex(Adapter):
         self._lock = threading.Lock()
 
     def _forked(self) -> None:
-        """Be another index from now on: nothing that the parent's relay writes arrives in this copy.
+        """Become another index in the forked child, because the parent's relay does not write to this copy.
 
-        A thread of the parent may have been writing: `_points` alone is sure.
+        Rebuild all from `_points`: if a thread of the parent was writing, the other attributes may be inconsistent.
         """
         self._begin()
         points = list(self._points.items())
@@ -79,8 +80,8 @@ class InMemoryIndex(Adapter):
             elif self._opened != OpenState(embedder, dimension):
                 theirs, size, _ = self._opened
                 raise IndexMismatch(
-                    f"this InMemoryIndex holds vectors of embedder {theirs!r} ({size} dimensions), "
-                    f"not of {embedder!r} ({dimension} dimensions)"
+                    f"Cannot use this InMemoryIndex. It holds vectors of embedder {theirs!r} ({size} dimensions), but "
+                    f"this Memory needs {embedder!r} ({dimension} dimensions). Create another InMemoryIndex."
                 )
 
     def upsert(self, points: Sequence[Point]) -> None:
@@ -106,15 +107,15 @@ class InMemoryIndex(Adapter):
             for id_ in ids:
                 if not self._passes(id_, epoch):
                     continue
-                gone = self._points.pop(id_, None)
-                if gone is None:
+                point = self._points.pop(id_, None)
+                if point is None:
                     continue
                 self._sorted_ids = None
                 last = self._ids.pop()
                 if last != id_:  # the last row moves into the gap
-                    self._ids[gone.row] = last
-                    self._units[gone.row] = self._units[len(self._ids)]
-                    self._points[last] = self._points[last]._replace(row=gone.row)
+                    self._ids[point.row] = last
+                    self._units[point.row] = self._units[len(self._ids)]
+                    self._points[last] = self._points[last]._replace(row=point.row)
 
     def query(
         self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
@@ -164,10 +165,10 @@ class InMemoryIndex(Adapter):
         self._mark = mark
 
     def close(self) -> None:
-        """Does nothing: the content lives as long as the object."""
+        """Do nothing: the points live as long as the object."""
 
     def _passes(self, id_: str, epoch: int) -> bool:
-        """Whether a write under *epoch* may change *id_*; 0 always may."""
+        """Whether a write under *epoch* may change *id_*. Epoch 0 always may."""
         if epoch == 0:
             return True
         highest = self._epochs.get(id_, 0)

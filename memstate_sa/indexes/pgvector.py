@@ -1,7 +1,7 @@
-"""PostgreSQL with pgvector as a vector index: a table of its own, in the facts' database or in another.
+"""PostgreSQL with pgvector as a vector index: a separate table, in the facts' database or in another one.
 
-Vectors are stored at length 1, beside their length: so the inner product is the cosine, no square overflows, and a zero
-vector is at distance 1 (pgvector's own cosine makes that NaN, and leaves it out of its graph).
+Each vector is stored as a unit vector and its length. So the inner product is the cosine, no square overflows, and a
+zero vector has distance 1. In pgvector's own cosine distance it has NaN, and is left out of the graph.
 """
 
 from __future__ import annotations
@@ -51,28 +51,29 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 _RECOUNT_S = 10.0
-"""The number of points is read again after this time. Until then not so many are added that comparing takes long."""
+"""The points are counted again after this time. Too few are added in between to make comparing all of them slow."""
 _REMEMBERED = timedelta(seconds=REMEMBERED_S)
-_SINCE = (0, 8)
-"""pgvector's version: earlier ones do not look on where a filter leaves too little."""
-# Of the values, by SQLSTATE: data exceptions, integrity, program limits. Anything else is not the points' fault.
-_OF_VALUES = ("22", "23", "54")
+_OLDEST_VERSION = (0, 8)
+"""Older versions of pgvector do not continue the graph search when a filter removes too many points."""
+# The SQLSTATE classes that blame the values: data exceptions, integrity, program limits. For other errors, a retry may
+# help.
+_VALUE_ERRORS = ("22", "23", "54")
 _UNDEFINED_TABLE = "42P01"
 
 
 class PgVectorIndex(Adapter):
-    """The table *name* of a PostgreSQL database with pgvector 0.8 or later; made by `open`, with the extension.
+    """The table *name* of a PostgreSQL database with pgvector 0.8 or later. `open` creates the table and the extension.
 
-    *engine* is an Engine, or an AsyncEngine or a URL, of which it makes an Engine of its own, with psycopg. The facts'
-    own will do; these transactions are apart from the application's, on connections of a pool apart: a Session that
-    searches, or commits, holds one of the engine's. A batch is a transaction, and writes are fenced by their epochs
-    (`FencedIndex`) in the same statement that writes them.
+    *engine* is an Engine, an AsyncEngine or a URL, and may be the engine of the facts. From an AsyncEngine or a URL,
+    the index makes a new Engine with psycopg. The index has its own transactions and a separate connection pool: a
+    Session that searches or commits already holds a connection of the engine's pool. Each batch is one transaction, and
+    the statement that writes also checks the epochs (`FencedIndex`).
 
-    Up to 5,000 points are compared one by one. In a larger table a query goes by an HNSW graph of *ef_search*
-    candidates, and looks on where a filter leaves too little. *exact* compares every point whatever their number;
-    False always goes by the graph, which may miss a near point. Over 2,000 dimensions the graph is of half precision,
-    over 4,000 there is none; distances are always those of the full vectors. Filters run in the database. The text of
-    a fact is not stored.
+    Up to 5,000 points, a query compares all of them. In a larger table it searches an HNSW graph with *ef_search*
+    candidates, and continues if a filter leaves too few. ``exact=True`` always compares all points. ``exact=False``
+    always uses the graph, which may miss a near point. The graph has half precision over 2,000 dimensions, and there is
+    no graph over 4,000. Distances are always those of the full vectors. Filters run in the database. The text of a fact
+    is not stored.
     """
 
     fences = True
@@ -91,9 +92,12 @@ class PgVectorIndex(Adapter):
         self._owned = not isinstance(engine, Engine)
         self._engine = engine if isinstance(engine, Engine) else _blocking(engine)
         if (database := database_of(self._engine)) is not POSTGRESQL:
-            raise MemstateError(f"pgvector is an extension of PostgreSQL, and {database.name} has none")
+            raise MemstateError(
+                f"PgVectorIndex cannot use {database.name}: pgvector is an extension of PostgreSQL. Pass the engine or "
+                "URL of a PostgreSQL database."
+            )
         if len(name.encode()) > 63:
-            raise MemstateError(f"{name!r} is too long for the name of a table: PostgreSQL would cut it after 63 bytes")
+            raise MemstateError(f"The table name {name!r} is too long. PostgreSQL allows 63 bytes. Use a shorter name.")
         self._name, self._schema = name, schema
         self._exact = exact
         self._ef_search = ef_search
@@ -112,7 +116,7 @@ class PgVectorIndex(Adapter):
         with self._translated("identify"):
             state = self._state(self._statements(self._dimension))
         if state is None:
-            raise DeliveryRetryable(f"table {self._name!r}, or its content, is gone; open() begins anew")
+            raise DeliveryRetryable(f"Table {self._name!r} was dropped or emptied. open() creates it again.")
         return str(state["incarnation"])
 
     def open(self, *, embedder: str, dimension: int) -> None:
@@ -120,14 +124,14 @@ class PgVectorIndex(Adapter):
             state = self._resolve(embedder, dimension)
         if (state["embedder"], state["dimension"]) != (embedder, dimension):
             raise IndexMismatch(
-                f"table {self._name!r} was built with embedder {state['embedder']!r}, {state['dimension']} dimensions; "
-                f"asked for: {embedder!r}, {dimension} dimensions. Use another table name, or drop this table to have "
-                "it rebuilt"
+                f"Cannot use table {self._name!r}. It was built with embedder {state['embedder']!r} and "
+                f"{state['dimension']} dimensions, but this Memory needs {embedder!r} and {dimension} dimensions. Use "
+                "another table name, or drop this table to rebuild it."
             )
         self._opened = OpenState(embedder, dimension)
 
     def upsert(self, points: Sequence[Point]) -> None:
-        # In the order of their keys, as every writer: then none waits for another in a circle.
+        # Every writer locks the rows in the order of their keys, so there are no deadlocks.
         latest = {key_of(point.id): point for point in points}
         ordered = [latest[key] for key in sorted(latest)]
         vectors = matrix([point.vector for point in ordered], self._dimension, [point.id for point in ordered])
@@ -179,13 +183,13 @@ class PgVectorIndex(Adapter):
                 rows = connection.execute(statement, parameters).all()
                 if len(rows) == limit:
                     return _matches(rows)
-            # Compared one by one; also where the graph ran out: fewer than asked for must mean that there are no more.
+            # Compare all points, also if the graph returned too few. A short answer must mean that no more match.
             is_by_name = ids is not None and not condition
             statement = statements.compared_by_name if is_by_name else statements.compared(criteria)
             return _matches(connection.execute(statement, parameters).all())
 
     def _compares(self, connection: Connection, statements: Statements) -> bool:
-        """Whether every point is compared: up to some thousand that is as fast as the graph, and misses none."""
+        """Whether to compare all points. Up to some thousand, that is as fast as the graph, and misses none."""
         if self._exact is None and time.monotonic() >= self._counted_at + _RECOUNT_S:
             self._is_small = connection.execute(statements.count_some).scalar_one() <= EXACT_UP_TO
             self._counted_at = time.monotonic()
@@ -198,8 +202,8 @@ class PgVectorIndex(Adapter):
         with self._reading("read") as (connection, statements):
             rows = connection.execute(statements.get, {"keys": keys}).all()
         return [
-            Stored(id_, mark, at_length(np.array(json.loads(unit), dtype=np.float32), norm))
-            for id_, mark, unit, norm in rows
+            Stored(id_, fingerprint, at_length(np.array(json.loads(unit), dtype=np.float32), norm))
+            for id_, fingerprint, unit, norm in rows
         ]
 
     def scan(self, after: str | None, limit: int) -> list[Entry]:
@@ -210,19 +214,19 @@ class PgVectorIndex(Adapter):
     def purge(self) -> None:
         """Rewrite the table without deleted points. Writers and readers wait.
 
-        Write-ahead logs, replicas and backups are not reached.
+        Deleted points may remain in write-ahead logs, replicas and backups.
         """
         with self._using("purge") as (connection, statements):
             table = connection.dialect.identifier_preparer.format_table(statements.points).replace("%%", "%")
-            # Not VACUUM FULL, which copies what an older transaction might still see.
+            # Not VACUUM FULL: it copies deleted rows that an older transaction might still see.
             _run(connection, "SET LOCAL lock_timeout = '30s'")
             _run(connection, f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
             _run(connection, f"CREATE TEMPORARY TABLE memstate_kept ON COMMIT DROP AS TABLE {table}")
-            if statements.graph is not None:  # it is drawn faster than it grows
+            if statements.graph is not None:  # building a graph at once is faster than adding the points one by one
                 connection.execute(DropIndex(statements.graph, if_exists=True))
             _run(connection, f"TRUNCATE {table}")
             _run(connection, f"INSERT INTO {table} TABLE memstate_kept")
-            self._draw(connection, statements)
+            self._build_graph(connection, statements)
 
     def read_mark(self) -> str | None:
         with self._translated("read the mark of"):
@@ -234,7 +238,7 @@ class PgVectorIndex(Adapter):
             connection.execute(statements.mark, {"mark": mark})
 
     def close(self) -> None:
-        """Close the connections, if the index made its own engine; those beside another's are closed with that."""
+        """Close the connections if the index made its own engine. Otherwise they close with the caller's engine."""
         self._opened = None
         if self._owned:
             self._engine.dispose()
@@ -246,19 +250,19 @@ class PgVectorIndex(Adapter):
         return f"table {self._name!r}"
 
     def _reader(self) -> Connection:
-        """Each read is one statement, and one round trip."""
+        """A connection in autocommit: each read is one statement and one round trip."""
         return with_separate_pool(self._engine).connect().execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
     def _writer(self) -> Iterator[Connection]:
-        """A transaction whose fence compares with committed epochs, not with those of an older snapshot."""
+        """A transaction in READ COMMITTED, so that the fence sees the latest epochs, not an older snapshot."""
         connected = with_separate_pool(self._engine).connect().execution_options(isolation_level="READ COMMITTED")
         with connected as connection, connection.begin():
             yield connection
 
     @contextmanager
     def _using(self, action: str) -> Iterator[tuple[Connection, Statements]]:
-        """A transaction; what it raises becomes a DeliveryError."""
+        """A transaction. Its errors are raised as DeliveryError."""
         statements = self._statements(self._dimension)
         with self._translated(action), self._writer() as connection:
             yield connection, statements
@@ -272,8 +276,8 @@ class PgVectorIndex(Adapter):
     def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
         state = _sqlstate(error)
         if state == _UNDEFINED_TABLE:
-            return DeliveryRetryable(f"table {self._name!r} is gone; open() makes it anew")
-        is_refusal = state[:2] in _OF_VALUES if state else isinstance(error, DataError | ValueError | TypeError)
+            return DeliveryRetryable(f"Table {self._name!r} was dropped. open() creates it again.")
+        is_refusal = state[:2] in _VALUE_ERRORS if state else isinstance(error, DataError | ValueError | TypeError)
         return delivery_error(error, message, unknown=DeliveryRejected if is_refusal else DeliveryRetryable)
 
     def _statements(self, dimension: int) -> Statements:
@@ -283,7 +287,7 @@ class PgVectorIndex(Adapter):
             return self._prepared
 
     def _state(self, statements: Statements) -> dict[str, Any] | None:
-        """The state that the table keeps of itself; None when the table, or its content, is gone."""
+        """The table's state. None if the table, or its content, is missing."""
         try:
             with self._reader() as connection:
                 state: dict[str, Any] | None = connection.scalar(statements.state)
@@ -314,14 +318,14 @@ class PgVectorIndex(Adapter):
         connection.execute(CreateTable(statements.points, if_not_exists=True))
         for index in statements.indexes:
             connection.execute(CreateIndex(index, if_not_exists=True))
-        self._draw(connection, statements)
+        self._build_graph(connection, statements)
 
-    def _draw(self, connection: Connection, statements: Statements) -> None:
+    def _build_graph(self, connection: Connection, statements: Statements) -> None:
         if statements.graph is not None and not self._exact:
             connection.execute(CreateIndex(statements.graph, if_not_exists=True))
 
     def _lacks_graph(self, connection: Connection, statements: Statements) -> bool:
-        """Whether the graph is missing, as it is in a table that was made to be searched exactly."""
+        """Whether the graph is missing. A table that was created with ``exact=True`` has none."""
         if statements.graph is None or self._exact:
             return False
         quoted = connection.dialect.identifier_preparer.format_index(statements.graph)
@@ -333,12 +337,13 @@ class PgVectorIndex(Adapter):
 def _extend(connection: Connection) -> None:
     version = text("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
     if connection.scalar(version) is None:
-        connection.execute(ONE_AT_A_TIME, {"name": "CREATE EXTENSION vector"})  # another table's index wants it, too
+        # The index of another table may create the extension at the same time.
+        connection.execute(ONE_AT_A_TIME, {"name": "CREATE EXTENSION vector"})
         connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
     installed = str(connection.scalar(version))
-    if tuple(map(int, installed.split(".")[:2])) < _SINCE:
+    if tuple(map(int, installed.split(".")[:2])) < _OLDEST_VERSION:
         raise MemstateError(
-            f"pgvector is at version {installed}; 0.8 or later is needed (ALTER EXTENSION vector UPDATE)"
+            f"pgvector {installed} is too old. PgVectorIndex needs 0.8 or later: run ALTER EXTENSION vector UPDATE."
         )
 
 
@@ -359,5 +364,5 @@ def _matches(rows: Sequence[Any]) -> list[Match]:
 
 
 def _run(connection: Connection, statement: str) -> None:
-    """Run *statement* as it is: a name in it may look like a parameter."""
+    """Run *statement* without parameters, because a name in it may look like one."""
     connection.exec_driver_sql(statement, execution_options={"no_parameters": True})

@@ -42,13 +42,13 @@ from memstate_sa.db.json_params import as_json
 from memstate_sa.indexes.base import Scalar
 
 _PREFIX = 500
-"""Characters of an id in the index that lists ids: the entries of a B-tree have at most 2,700 bytes."""
+"""The index on ids holds this many characters of an id: a B-tree entry has at most 2,700 bytes."""
 _MOST_OF_VECTOR, _MOST_OF_HALFVEC = 2_000, 4_000
-"""The dimensions that HNSW takes; what is longer is compared one by one."""
+"""The largest dimensions for an HNSW graph. Points with more dimensions are compared one by one."""
 EXACT_UP_TO = 5_000
-"""Up to so many points are compared one by one by default."""
+"""Up to this number of points, a query compares all of them by default."""
 _STATE = b""
-"""The key of the row that says what the table is. It goes when the content goes, however that is done."""
+"""The key of the row with the table's state. It is in the same table, so it disappears together with the points."""
 _BETWEEN = ";"
 _OPERATORS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 _KEYS: Any = bindparam("keys", type_=ARRAY(LargeBinary))
@@ -70,19 +70,19 @@ class _Vector(UserDefinedType[Any]):
 
 
 COLUMNS = {"key", "id", "epoch", "fingerprint", "unit", "norm", "metadata", "deleted_at"}
-"""By these, Alembic's plugin knows a table of points, whatever its name is."""
+"""The Alembic plugin recognises a table of points, under any name, by these columns."""
 
 
 class Statements:
-    """Everything that is said to one table."""
+    """All statements for one table."""
 
     def __init__(self, name: str, schema: str | None, dimension: int) -> None:
         self.dimension = dimension
         self.points = points = Table(
             name,
             MetaData(),
-            Column("key", LargeBinary, primary_key=True),  # a digest of the id, which may be too long for a B-tree
-            Column("id", Text(collation="C")),  # None: deleted, and remembered for its epoch; or the state
+            Column("key", LargeBinary, primary_key=True),  # a hash of the id: the id may be too long for a B-tree
+            Column("id", Text(collation="C")),  # None for a deleted point, which keeps its epoch, and for the state
             Column("epoch", BigInteger, nullable=False),
             Column("fingerprint", Text),
             Column("unit", _Vector(dimension)),
@@ -92,7 +92,7 @@ class Statements:
             schema=schema,
         )
         assert {column.name for column in points.columns} == COLUMNS
-        # By bytes: after 63 of them PostgreSQL cuts a name, whatever it ends with.
+        # Shorten by bytes: PostgreSQL cuts a name after 63 bytes, and would lose the ending.
         stem = f"{name.encode()[:40].decode(errors='ignore')}_{sha256(name.encode()).hexdigest()[:8]}"
         self.prefix = func.substr(points.c.id, 1, literal(_PREFIX, literal_execute=True))
         self.has_content = points.c.id.is_not(None)
@@ -127,7 +127,7 @@ class Statements:
 
     @property
     def _distance(self) -> ColumnElement[Any]:
-        """The distance of the full vectors. No index sorts by this form; the query is read once, not for each row."""
+        """The distance of the full vectors. The subquery parses the query vector once, but lets no index sort."""
         query = select(self._query).scalar_subquery()
         return (1 + self.points.c.unit.op("<#>", return_type=Double())(query)).label("distance")
 
@@ -135,28 +135,28 @@ class Statements:
         return select(*columns).where(self.has_content, *conditions)
 
     def nearest(self, conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
-        """The nearest points by the graph, which may hold them in half precision, and in nearly the right order.
+        """The nearest points by the graph. The graph may use half precision, and its order is only nearly right.
 
-        One statement, so one round trip: how the graph is searched is set first, for the time of the statement.
+        One statement saves round trips: it first changes the settings of the graph search, only for this statement.
         """
         c = self.points.c
         setting = [func.set_config("hnsw.ef_search", bindparam("explored", type_=Text), True).label("explored")]
         setting.append(func.set_config("hnsw.iterative_scan", "relaxed_order", True).label("iterative"))
-        settings = select(*setting).cte("asked")
+        settings = select(*setting).cte("settings")
         nearness = self._drawn(c.unit).op("<#>")(self._drawn(self._query))
-        # A condition on the other side of a lateral join is checked after that side.
+        # PostgreSQL evaluates a lateral join's left side first. This condition makes the right side depend on it.
         points = self._among([c.id, self._distance, c.fingerprint], [*conditions, settings.c.iterative.is_not(None)])
-        nearest = points.order_by(nearness).limit(bindparam("limit")).lateral("some")
+        nearest = points.order_by(nearness).limit(bindparam("limit")).lateral("nearest")
         return select(nearest).select_from(settings.join(nearest, true())).order_by(nearest.c.distance, nearest.c.id)
 
     @cached_property
     def nearest_of_all(self) -> Select[Any]:
-        """Built once: to build it takes longer than to execute it."""
+        """`nearest` without a condition. Cached, because building the statement takes longer than executing it."""
         return self.nearest([])
 
     @cached_property
     def count_some(self) -> Select[Any]:
-        """The number of points, up to `EXACT_UP_TO` and one more."""
+        """The number of points, counted only up to `EXACT_UP_TO` + 1."""
         first_points = select(literal(1)).select_from(self.points).where(self.has_content).limit(EXACT_UP_TO + 1)
         return select(func.count()).select_from(first_points.subquery())
 
@@ -170,7 +170,7 @@ class Statements:
         return points.order_by(distance, c.id).limit(bindparam("limit"))
 
     def matches(self, where: Mapping[str, Any]) -> ColumnElement[bool]:
-        """A canonical filter. jsonb compares numbers as numbers, whatever they are written like, and types apart."""
+        """The canonical filter *where* as a condition. jsonb compares numbers by value, and never equates types."""
         [(key, condition)] = where.items()
         if key in ("$and", "$or"):
             parts = [self.matches(part) for part in condition]
@@ -199,7 +199,7 @@ class Statements:
 
     @cached_property
     def upsert(self) -> Any:
-        """Rows given as one array for each column; the vectors as one text, see `vectors_text`."""
+        """Insert or replace points. The parameters are one array a column, and `vectors_text` for the vectors."""
         types = {
             "key": LargeBinary, "id": Text, "epoch": BigInteger, "fingerprint": Text, "unit": Text, "norm": Double,
             "metadata": Text,
@@ -214,14 +214,14 @@ class Statements:
 
     @cached_property
     def bury(self) -> Any:
-        """Delete, and remember the epoch, also of absent ids."""
+        """Delete points, and remember the epoch, also for absent ids."""
         keys = func.unnest(_KEYS).table_valued("key", name="rows").render_derived()
         epoch = bindparam("epoch", type_=BigInteger)
         put = insert(self.points).from_select(["key", "epoch", "deleted_at"], select(keys.c.key, epoch, func.now()))
         return self._fenced(put, [column.name for column in self.points.c if not column.primary_key])
 
     def _fenced(self, put: Any, columns: Sequence[str]) -> Any:
-        """Nothing happens to a row of a higher epoch; 0 stands for no epoch."""
+        """*put*, which leaves rows with a higher epoch unchanged. Epoch 0 means no epoch, and always writes."""
         new, old = put.excluded, self.points.c
         values = {name: new[name] for name in columns if name != "key"}
         values["epoch"] = func.greatest(old.epoch, new.epoch)
@@ -236,7 +236,7 @@ class Statements:
 
     @cached_property
     def forget(self) -> Any:
-        """Delete some of the epochs that no write can fall short of any more."""
+        """Delete some epochs that are too old to matter: no late write can have a lower one any more."""
         c = self.points.c
         old = c.deleted_at < func.now() - bindparam("remembered", type_=INTERVAL)
         keys = select(c.key).where(old).order_by(c.deleted_at).limit(bindparam("most"))
@@ -249,14 +249,14 @@ class Statements:
 
     @cached_property
     def scan(self) -> Select[Any]:
-        """The next entries, by the index on beginnings of ids. Ids that begin alike are sorted."""
+        """The next points by id. The index has only the beginnings of ids, so ids with equal beginnings are sorted."""
         c, after = self.points.c, bindparam("after", type_=Text)
         later = [self.prefix >= func.substr(after, 1, _PREFIX), c.id > after]
         return self._among([c.id, c.fingerprint], later).order_by(self.prefix, c.id).limit(bindparam("limit"))
 
 
 def vectors_text(vectors: NDArray[np.float32]) -> str:
-    """The vectors for `Statements.upsert`. The driver would quote a list of texts number by number."""
+    """The vectors for `Statements.upsert`, in one text. For a list, the driver would quote each number."""
     return _BETWEEN.join(map(as_json, vectors.tolist()))
 
 
@@ -265,7 +265,7 @@ def key_of(id_: str) -> bytes:
 
 
 def value_of(value: Scalar) -> Any:
-    """*value* as jsonb holds it: no text with NUL, and a float that is a whole number exactly that."""
+    """*value* in a form that jsonb can hold: text without NUL, and a float with an integer value as an int."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return encode(value) if isinstance(value, str) else value

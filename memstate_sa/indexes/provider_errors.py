@@ -1,4 +1,4 @@
-"""The verdict on a failure of a vendor's client: retry or not, by type and status, never by text. Pure."""
+"""Decide from a vendor's error whether a retry may help: by its type and status, never by its text. Pure."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from typing import Any
 from memstate_sa.errors import DeliveryError, DeliveryRejected, DeliveryRetryable
 from memstate_sa.indexes.provider_messages import phrase, words
 
-# Refused credentials are the operator's to mend, not a fault of the points: they must not end as dead letters.
+# Refused credentials (401, 403) are retryable: the operator can fix them, and the points must not become dead.
 _RETRYABLE_STATUS = frozenset({401, 403, 408, 409, 425, 429})
 
 
 def retryable_status(status: int) -> bool:
-    """Whether a request answered with this HTTP status may succeed later, unchanged."""
+    """Whether the same request may succeed later, after an answer with this HTTP status."""
     return status in _RETRYABLE_STATUS or status >= 500
 
 
 def delivery_error(
     error: BaseException, message: str, *, unknown: type[DeliveryError], sent: Collection[str] | None = None
 ) -> DeliveryError:
-    """The error to raise ``from`` *error*; *unknown* where neither a status nor a type along its chain tells.
+    """The error to raise ``from`` *error*: an *unknown* if no status and no type in its chain decides.
 
-    Clients wrap: Chroma raises a bare Exception while handling httpx's error, SDKs raise their own from a socket's. So
-    the whole chain is asked, outermost first; an HTTP status outranks a connection error.
+    Clients wrap errors. Chroma raises a plain Exception while handling httpx's error, and SDKs raise their own error
+    from a socket's. So every error in the chain is examined, outermost first. An HTTP status is stronger evidence than
+    a connection error.
 
-    The message has the status. It has the vendor's own words where it is known what was *sent*: they may quote that,
-    and are shown without it. Otherwise they are left to the chained error.
+    The message has the status. If *sent* holds the texts of the request, the message also has the vendor's own words,
+    without quotations of those texts. If *sent* is None, only the chained error has them.
     """
     chain = list(_chain(error))
     text = f"{message}: {type(error).__name__}"
-    said = "" if sent is None else words(chain, sent)
-    said = f": {said}" if said else ""
+    vendor_words = "" if sent is None else words(chain, sent)
+    vendor_words = f": {vendor_words}" if vendor_words else ""
     for link in chain:
         response = getattr(link, "response", None)
         status = getattr(response, "status_code", getattr(link, "status_code", None))
         if isinstance(status, int):
-            text += f": {phrase(status)}{said}"
+            text += f": {phrase(status)}{vendor_words}"
             if retryable_status(status):
                 retry_after_s = _retry_after_s(getattr(response, "headers", None))
-                # A gateway's 5xx says nothing about what the server behind it does.
+                # After a 5xx from a gateway, the server behind it may still carry out the request.
                 return DeliveryRetryable(text, retry_after_s=retry_after_s, may_land=status >= 500)
             return DeliveryRejected(text)
-    text += said
+    text += vendor_words
     if any(isinstance(link, _unavailable()) for link in chain):
         return DeliveryRetryable(text, may_land=not any(isinstance(link, _unreached()) for link in chain))
     return unknown(text)
@@ -55,7 +56,7 @@ def delivery_error(
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     link: BaseException | None = error
-    for _ in range(20):  # a chain can be made circular
+    for _ in range(20):  # a chain can be circular
         if link is None:
             return
         yield link
@@ -63,8 +64,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _unavailable() -> tuple[type[BaseException], ...]:
-    # JSONDecodeError: a gateway's error page where an answer was due. httpx errors are no OSErrors; a client that was
-    # never imported raised nothing.
+    # JSONDecodeError: a gateway sent its error page instead of an answer. httpx errors are not OSErrors. Only imported
+    # clients matter, because others cannot have raised the error.
     clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
     return (OSError, json.JSONDecodeError, *(client.TransportError for client in clients))
 
@@ -75,7 +76,7 @@ def _unreached() -> tuple[type[BaseException], ...]:
 
 
 def _retry_after_s(headers: Any) -> float | None:
-    """The Retry-After header, seconds or an HTTP date, as seconds from now."""
+    """The Retry-After header as seconds from now. It holds seconds or an HTTP date."""
     value = headers.get("retry-after") if headers is not None else None
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""A vendor's words about a failure, for an operator: short, printable, without the texts that were sent. Pure."""
+"""A vendor's own message about a failure, for an operator: short, printable, and without the sent texts. Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from memstate_sa.runtime.printable import printable
 
 _LONGEST = 200
 _PIECE = 12
-"""A provider may quote the text that it refuses. Pieces of it from this length on are left out of its words."""
+"""A provider may quote a refused text. Quotations of at least this length are removed from its message."""
 _NAMES = ("message", "error", "detail", "errors", "msg", "reason", "title", "description")
 _STATUS_LINE = re.compile(r"for url:?\s", re.IGNORECASE)
 _QUERY = re.compile(r"(https?://)(?:[^\s/@]*@)?([^\s?'\"]*)(\?[^\s'\"]*)?")
 
 
 def phrase(status: int) -> str:
-    """The status with its name in HTTP."""
+    """The HTTP status with its name."""
     try:
         return f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
@@ -27,25 +27,25 @@ def phrase(status: int) -> str:
 
 
 def words(chain: Iterable[BaseException], sent: Collection[str]) -> str:
-    """The first line of what the provider itself says, without what of *sent* it quotes; or nothing."""
+    """The first line of the provider's own message, without quotations of the *sent* texts. May be empty."""
     links = list(chain)
-    said = next((text for link in links if (text := _body(getattr(link, "response", None)))), None)
-    if said is None and links and not _STATUS_LINE.search(str(links[0])):
-        said = str(links[0])
-    line = next((line for line in (said or "").splitlines() if line.strip()), "")
+    message = next((text for link in links if (text := _body(getattr(link, "response", None)))), None)
+    if message is None and links and not _STATUS_LINE.search(str(links[0])):
+        message = str(links[0])
+    line = next((line for line in (message or "").splitlines() if line.strip()), "")
     line = " ".join(_QUERY.sub(r"\1\2", line[: 4 * _LONGEST]).split())
     shown = printable(_without(line, sent))
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}…"
 
 
 def _body(response: Any) -> str | None:
-    """The words in an HTTP answer. A gateway's page in HTML has none."""
+    """The message in an HTTP answer. None for a gateway's HTML page."""
     try:
         return _message(response.json(), 4)
-    except Exception:  # noqa: BLE001  # no answer, no JSON, a stream that was not read: each client has its own
-        text = getattr(response, "_content", None)
-        said = text.decode("utf-8", "replace") if isinstance(text, bytes) else ""
-        return said if said and not said.lstrip().startswith(("<", "{", "[")) else None
+    except Exception:  # noqa: BLE001  # no answer, no JSON or an unread stream: each client raises another error
+        content = getattr(response, "_content", None)
+        text = content.decode("utf-8", "replace") if isinstance(content, bytes) else ""
+        return text if text and not text.lstrip().startswith(("<", "{", "[")) else None
 
 
 def _message(answer: Any, depth: int) -> str | None:
@@ -70,17 +70,17 @@ def _without(line: str, sent: Collection[str]) -> str:
 
 
 def _places(line: str, form: str) -> Iterator[int]:
-    """The places in *line* where a piece of *form* begins, or the whole of a short one."""
+    """The positions in *line* where a piece of *form* begins. A short *form* counts only as a whole."""
     size = min(_PIECE, len(form))
     if size >= 3:
         yield from (start for start in range(len(line) - size + 1) if line[start : start + size] in form)
 
 
 def _forms(text: str) -> set[str]:
-    """*text* as it is, and as programs quote it."""
+    """*text* itself, and its quoted forms in Python and JSON."""
     return {_lower(" ".join(form.split())) for form in (text, repr(text)[1:-1], json.dumps(text)[1:-1])}
 
 
 def _lower(text: str) -> str:
-    """Each character stays one."""
+    """*text* in lower case, with the same length: a character with a longer lower case stays unchanged."""
     return "".join(low if len(low := c.lower()) == 1 else c for c in text)

@@ -1,6 +1,7 @@
 """Qdrant as a vector index: a server, a folder, or in memory, through qdrant-client.
 
-What this file relies on was read in the source of Qdrant 1.19, and measured on the local mode of qdrant-client 1.20.
+The behaviour described here was read in the source of Qdrant 1.19, and measured with the local mode of qdrant-client
+1.20.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from memstate_sa.errors import (
     require_module,
 )
 from memstate_sa.indexes._adapter import REMEMBERED_S, Adapter, IdListing, OpenState, file_identity, id_bytes
-from memstate_sa.indexes._asking import Answer, Candidate, nearest
 from memstate_sa.indexes._filters import canonical
+from memstate_sa.indexes._nearest import Answer, Candidate, nearest
 from memstate_sa.indexes._tags import number_name, numbers, stored, tag, tags
 from memstate_sa.indexes._units import at_length, clipped_distance, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
@@ -40,13 +41,13 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
 
 _OURS = "memstate"
-"""The key in a point's payload, and in the collection's metadata, under which all is that only memstate_sa needs."""
+"""The key of memstate_sa's own data, in a point's payload and in the collection's metadata."""
 _MARK = "memstate_mark"
 _LARGEST_REQUEST = 500_000
-"""Numbers that are written at once: in JSON 10 MB, of the 32 MB that a server takes."""
+"""The largest count of numbers in one request: 10 MB of JSON, and a server accepts 32 MB."""
 _LISTED = 10_000
 
-# Local mode has no locks of its own, and a client may be shared by several indexes.
+# Local mode has no locks, and several indexes may share a client.
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 _making = threading.Lock()
 
@@ -54,18 +55,19 @@ _making = threading.Lock()
 class QdrantIndex(Adapter):
     """The collection *name* of any qdrant-client: a server (1.16 or later), ``path=`` or ``:memory:``.
 
-    Distance is cosine; the text of a fact is stored only with *store_text*. The client stays the caller's. Metadata is
-    in each point's payload as it is, and once more as tags of which one payload index serves every filter by equality.
+    Distance is cosine. The text of a fact is stored only with *store_text*. `close` does not close the client: it
+    belongs to the caller. A point's payload holds the metadata twice: unchanged, and as tags. One payload index on the
+    tags serves every filter by equality.
 
-    Writes are fenced by their epochs (`FencedIndex`): an upsert carries its epoch as a precondition
-    (``update_filter``), and a deleted point leaves its epoch behind, for a day, in a point without content.
+    Writes are fenced by their epochs (`FencedIndex`). An upsert carries its epoch as a precondition
+    (``update_filter``). A deleted point leaves its epoch behind, for a day, in a point without content.
 
-    *exact* compares every point; otherwise a server searches its HNSW graph, in which a near point may be missed. Local
-    mode is always exact. It holds its folder for one process: another gets qdrant-client's RuntimeError when it makes
-    its client, and should use a server.
+    *exact* compares every point. Otherwise a server searches its HNSW graph, which may miss a near point. Local mode is
+    always exact. It locks its folder for one process: a second process gets qdrant-client's RuntimeError when it
+    creates its client. Use a server for several processes.
 
-    ``incarnation`` is in the collection's metadata. A collection that was deleted is noticed by the next call, which
-    raises DeliveryRetryable; the one after it works on a new, empty collection. Points of others are left alone.
+    ``incarnation`` is in the collection's metadata. If the collection was deleted, the next call raises
+    DeliveryRetryable, and the call after it works on a new, empty collection. Foreign points are left alone.
     """
 
     fences = True
@@ -137,7 +139,7 @@ class QdrantIndex(Adapter):
             if not epoch:
                 self._client.delete(self._name, points_selector=self._models.PointIdsList(points=uuids))
                 return
-            # The remaining point has no id of ours, and a vector without a direction: no search is led to it.
+            # The remaining point has none of our ids, and a zero vector, so no search finds it.
             payload = {_OURS: {"epoch": epoch, "deleted_at": int(time.time())}}
             zeros = [0.0] * self._open_state.dimension
             self._put([self._models.PointStruct(id=id_, vector=zeros, payload=payload) for id_ in uuids], epoch)
@@ -165,11 +167,11 @@ class QdrantIndex(Adapter):
             ]
 
     def scan(self, after: str | None, limit: int) -> list[Entry]:
-        """Up to *limit* entries with an id greater than *after*, ordered by id.
+        """Up to *limit* stored points with an id greater than *after*, ordered by id.
 
-        Qdrant lists in the order of its own ids, which are hashes of ours. So a pass begins by listing the ids alone
-        (10,000 a request), which is kept until its end; fingerprints are read page by page. A point first written
-        during a pass may be missing from it: ask `get` before believing so.
+        Qdrant lists in the order of its own ids, which are hashes of ours. So a scan begins with a list of all ids
+        (10,000 in a request), which it keeps until its end. Fingerprints are read page by page. A scan may miss a point
+        that was first written during the scan: check missing ids with `get`.
         """
         with self._using("scan"):
             opened = self._open_state
@@ -180,11 +182,11 @@ class QdrantIndex(Adapter):
             return []
 
     def purge(self) -> None:
-        """Rewrite the folder's file, without what was deleted. Of a server the files are out of reach."""
+        """Rewrite the folder's file without deleted points. Raises MemstateError for a server."""
         if not self._local:
             raise MemstateError(
-                f"collection {self._name!r} is in the files of a Qdrant server, which drops what was deleted as it "
-                "optimises its segments: recreate the collection to have it gone at once"
+                f"Cannot purge collection {self._name!r}. Its files belong to a Qdrant server, which removes deleted "
+                "points when it optimises its segments. To remove them at once, recreate the collection."
             )
         with self._using("purge"):
             if self._folder is not None:
@@ -199,7 +201,7 @@ class QdrantIndex(Adapter):
             self._client.update_collection(self._name, metadata={_MARK: mark})  # it merges
 
     def close(self) -> None:
-        """The client stays open."""
+        """Close the index. The client stays open."""
         self._opened = self._folder = None
         self._listing.clear()
 
@@ -211,7 +213,7 @@ class QdrantIndex(Adapter):
 
     @contextmanager
     def _using(self, action: str) -> Iterator[None]:
-        """Errors of the client become a DeliveryError. One thread at a time uses local mode."""
+        """Make sure that the collection is there, and turn errors of the client into DeliveryError."""
         opened = self._open_state
         with self._translated(action):
             if self._folder is not None:
@@ -222,6 +224,7 @@ class QdrantIndex(Adapter):
 
     @contextmanager
     def _translated(self, action: str) -> Iterator[None]:
+        # Only one thread at a time may use local mode.
         with super()._translated(action), self._mutex if self._local else nullcontext():
             yield
 
@@ -230,8 +233,10 @@ class QdrantIndex(Adapter):
             if not self._client.collection_exists(self._name):
                 if self._opened is not None:
                     self._opened = self._opened._replace(incarnation="")
-                return DeliveryRetryable(f"Qdrant collection {self._name!r} is gone; the next call opens it anew")
-        retry_after_s = getattr(error, "retry_after_s", None)  # of qdrant-client's ResourceExhaustedResponse
+                return DeliveryRetryable(
+                    f"Qdrant collection {self._name!r} was deleted. The next call creates it again."
+                )
+        retry_after_s = getattr(error, "retry_after_s", None)  # qdrant-client's ResourceExhaustedResponse has it
         if retry_after_s is not None:
             return DeliveryRetryable(f"{message}: {type(error).__name__}", retry_after_s=retry_after_s, may_land=False)
         return super()._delivery_error(error, message)
@@ -247,16 +252,18 @@ class QdrantIndex(Adapter):
         theirs = ours.get("embedder", embedder)
         if (theirs, size, distance) != (embedder, dimension, self._models.Distance.COSINE.value):
             raise IndexMismatch(
-                f"Qdrant collection {self._name!r} was built with embedder {theirs!r}, {size} dimensions and "
-                f"{distance} distance; asked for: {embedder!r}, {dimension} dimensions, Cosine distance. Use another "
-                "collection name, or delete this collection to have it rebuilt"
+                f"Cannot use Qdrant collection {self._name!r}. It was built with embedder {theirs!r}, {size} "
+                f"dimensions and {distance} distance, but this Memory needs {embedder!r}, {dimension} dimensions and "
+                "Cosine distance. Use another collection name, or delete this collection to rebuild it."
             )
         if not ours:
             self._client.update_collection(self._name, metadata=_stamp(embedder))
             self._index_payload()
             ours = (self._client.get_collection(self._name).config.metadata or {}).get(_OURS)
             if not ours:
-                raise MemstateError("this Qdrant server keeps no metadata of a collection: it takes 1.16 or later")
+                raise MemstateError(
+                    "This Qdrant server is too old. It stores no metadata for a collection. Use Qdrant 1.16 or later."
+                )
         return OpenState(embedder, dimension, ours["incarnation"])
 
     def _create(self, embedder: str, dimension: int) -> None:
@@ -273,7 +280,7 @@ class QdrantIndex(Adapter):
             self._index_payload()
 
     def _index_payload(self) -> None:
-        if not self._local:  # which has none, and warns
+        if not self._local:  # local mode has no payload indexes, and warns
             kinds = self._models.PayloadSchemaType
             for field, kind in (("tags", kinds.KEYWORD), ("epoch", kinds.INTEGER), ("deleted_at", kinds.INTEGER)):
                 self._client.create_payload_index(self._name, f"{_OURS}.{field}", kind)
@@ -289,27 +296,27 @@ class QdrantIndex(Adapter):
             "length": norm,
             "tags": tags(metadata),
             "numbers": {number_name(key): value for key, value in numbers(metadata).items()},
-            # Qdrant reads JSON with the last bit of a float left to chance.
+            # Qdrant may change the last bit of a float when it reads JSON.
             "floats": {key: value.hex() for key, value in metadata.items() if isinstance(value, float)},
         }
         text = {"text": point.text} if self._store_text and point.text is not None else {}
         return {_OURS: ours, "metadata": metadata, **text}
 
     def _put(self, points: list[Any], epoch: int) -> None:
-        """Insert *points*, and replace those that are there under no higher *epoch*; 0 replaces any."""
+        """Insert or replace *points*, but keep stored points with a higher epoch than *epoch*. 0 replaces any."""
         self._client.upsert(
             self._name, points=points, update_filter=self._up_to("epoch", epoch) if epoch else None, wait=True
         )
 
     def _keep_epochs(self, points: list[Any]) -> None:
-        """A write that claims no epoch passes, and lowers none."""
+        """Give *points* the epochs of the stored points. A write without an epoch must not lower them."""
         records = self._client.retrieve(self._name, [point.id for point in points], with_payload=[f"{_OURS}.epoch"])
         epochs = {record.id: (record.payload or {}).get(_OURS, {}).get("epoch", 0) for record in records}
         for point in points:
             point.payload[_OURS]["epoch"] = epochs.get(point.id, 0)
 
     def _forget_epochs(self) -> None:
-        """Delete the epochs of points that were deleted long ago, now and then."""
+        """Delete the epochs of points that were deleted long ago. At most once an hour."""
         now = time.time()
         if now - self._forgot_at > REMEMBERED_S / 24:
             self._forgot_at = now
@@ -321,7 +328,7 @@ class QdrantIndex(Adapter):
             self._name,
             query=query.tolist(),
             query_filter=restriction,
-            # Of local mode, which is exact and warns that it is, nothing is asked.
+            # Local mode is always exact, and warns if it is asked for that.
             search_params=self._models.SearchParams(exact=True) if exact and not self._local else None,
             limit=limit,
             with_payload=[_OURS, "metadata"],
@@ -355,7 +362,7 @@ class QdrantIndex(Adapter):
                 return ids
 
     def _condition(self, condition: Mapping[str, Any]) -> Any:
-        """The canonical filter as one that lets through what matches, and perhaps more."""
+        """The canonical filter for Qdrant. It lets through every matching point, and perhaps others."""
         [(key, value)] = condition.items()
         if key in ("$and", "$or"):
             parts = [self._condition(part) for part in value]
@@ -365,7 +372,8 @@ class QdrantIndex(Adapter):
             operand_tags = [tag(key, value) for value in ([operand] if name == "$eq" else operand)]
             return self._models.FieldCondition(key=f"{_OURS}.tags", match=self._models.MatchAny(any=operand_tags))
         side, outwards = ("gte", -1e-15) if name in ("$gt", "$gte") else ("lte", 1e-15)
-        # A few doubles beyond the bound: its own may be that of an int beside it, and either side may be off by one.
+        # Use a bound a few doubles further out. The bound's double may also be that of a neighbouring int, and both
+        # sides may be off by one.
         bound = math.nextafter(float(operand) + abs(float(operand)) * outwards, outwards * math.inf)
         finite = min(max(bound, -sys.float_info.max), sys.float_info.max)
         return self._models.FieldCondition(
@@ -378,7 +386,7 @@ class QdrantIndex(Adapter):
 
 
 class _Folder:
-    """The folder of a local client, which does not notice that it is gone, or another process's."""
+    """The folder of a local client. The client does not notice that the folder was replaced, or that it was forked."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -388,13 +396,13 @@ class _Folder:
     def check(self) -> None:
         if os.getpid() != self._pid:
             raise MemstateError(
-                "this QdrantIndex was opened before a fork, and its folder is the parent's. Open it after the fork, in "
-                "one process, or use a server"
+                "Cannot use this QdrantIndex after a fork. Its folder belongs to the parent process. Open it after the "
+                "fork, in one process, or use a server."
             )
         if self._identity is None or file_identity(self._path / ".lock") != self._identity:
             raise DeliveryRetryable(
-                f"the Qdrant folder {str(self._path)!r} was deleted or replaced under its client; close the client and "
-                "make it anew"
+                f"The Qdrant folder {str(self._path)!r} was deleted or replaced while it was open. Close the client, "
+                "and create a new one."
             )
 
     def vacuum(self, name: str) -> None:
@@ -408,11 +416,11 @@ def _stamp(embedder: str) -> dict[str, Any]:
 
 
 def _ours(record: Any) -> dict[str, Any] | None:
-    """The part of a payload that is ours; None for a foreign point, and for the epoch of a deleted one."""
+    """Our part of a payload. None for a foreign point, and for the epoch of a deleted point."""
     ours = (record.payload or {}).get(_OURS)
     return ours if isinstance(ours, dict) and "id" in ours else None
 
 
 def _uuid(id_: str) -> str:
-    """Qdrant's ids are numbers or UUIDs: ours are hashed."""
+    """The UUID for an id, made by hashing. Qdrant's ids must be numbers or UUIDs."""
     return str(uuid.UUID(bytes=blake2b(id_bytes(id_), digest_size=16).digest()))

@@ -1,6 +1,6 @@
 """Redis 8 vector sets as a vector index.
 
-What this file works around was measured on Redis 8.2.3 with redis-py 8.1; each workaround says what it is for.
+The workarounds here were measured on Redis 8.2.3 with redis-py 8.1. A comment at each one says why it is needed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 from memstate_sa.errors import DeliveryError, DeliveryRetryable, IndexMismatch, MemstateError, require_module
 from memstate_sa.indexes._adapter import REMEMBERED_S, Adapter, OpenState, id_bytes
-from memstate_sa.indexes._asking import Answer, Candidate, nearest
 from memstate_sa.indexes._filters import canonical, matches
+from memstate_sa.indexes._nearest import Answer, Candidate, nearest
 from memstate_sa.indexes._tags import has_number, number_name, numbers, stored, tag, tags
 from memstate_sa.indexes._units import at_length, clipped_distance, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
@@ -29,30 +29,31 @@ if TYPE_CHECKING:
     from redis import Redis
 
 EXACT_UP_TO = 5_000
-"""Up to so many points are compared one by one by default: 2 ms at 256 dimensions."""
+"""Up to this number of points, a query compares all of them by default. It takes 2 ms at 256 dimensions."""
 _EXPLORED = 200
 """The candidates of an approximate search (EF). Redis's own default is 100."""
 _LARGEST_COUNT = 1 << 20
-"""A COUNT that does not fit its integers makes the server find nothing, or abort."""
+"""With a COUNT beyond its integers, the server finds no points, or aborts."""
 _PER_SCRIPT = 32
-"""Points that one script changes, which nothing interrupts: about 20 ms at 256 dimensions."""
+"""The number of points that one script changes. It blocks the server for about 20 ms at 256 dimensions."""
 _REWRITING = ("aof_rewrite_scheduled", "aof_rewrite_in_progress", "rdb_bgsave_in_progress")
 
-# Keys: 1 what the index is (a hash), 2 points (a vector set), 3 their ids (a sorted set of one score, so by bytes: in
-# UTF-8 that is by code point), 4 epochs of deleted ids (a hash whose fields expire).
+# The keys: 1. The state of the index (a hash). 2. Points (a vector set). 3. Their ids (a sorted set). All ids have one
+# score, so Redis sorts them by bytes, which in UTF-8 is by code point. 4. Epochs of deleted ids (a hash whose fields
+# expire).
 _RESOLVE = """#!lua flags=allow-oom
 local was = redis.call('HMGET', KEYS[1], 'embedder', 'dimension', 'incarnation', 'count')
 if was[1] and (was[1] ~= ARGV[1] or was[2] ~= ARGV[2]) then
   return {was[1], was[2], '', '', '0'}
 end
-local held = redis.call('VCARD', KEYS[2])
-if not was[3] or tonumber(was[4]) ~= held or redis.call('ZCARD', KEYS[3]) ~= held then
+local points = redis.call('VCARD', KEYS[2])
+if not was[3] or tonumber(was[4]) ~= points or redis.call('ZCARD', KEYS[3]) ~= points then
   redis.call('UNLINK', KEYS[2], KEYS[3], KEYS[4])
   redis.call('HSET', KEYS[1], 'embedder', ARGV[1], 'dimension', ARGV[2], 'incarnation', ARGV[3], 'count', 0)
-  was[3], held = ARGV[3], 0
+  was[3], points = ARGV[3], 0
 end
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
-return {ARGV[1], ARGV[2], was[3], run, tostring(held)}
+return {ARGV[1], ARGV[2], was[3], run, tostring(points)}
 """
 _FENCE = """
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
@@ -68,7 +69,8 @@ local function counted()
   return 1
 end
 """
-# Removed first: of a VADD that replaces, neither the append-only file nor a replica hears.
+# The script removes a point before it adds the new one. A VADD that replaces a point is not written to the append-only
+# file, nor sent to replicas.
 _UPSERT = f"""#!lua
 {_FENCE}
 local replaced = 0
@@ -101,25 +103,25 @@ for i = 3, #ARGV do
 end
 return counted()
 """
-# Vector and attributes of one moment.
+# A script, so that vector and attributes come from the same write.
 _GET = """#!lua flags=no-writes
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
-local found = {}
+local points = {}
 for i = 2, #ARGV do
   local attributes = redis.call('VGETATTR', KEYS[2], ARGV[i])
   if attributes then
-    found[#found + 1] = {ARGV[i], attributes, redis.call('VEMB', KEYS[2], ARGV[i], 'RAW')[2]}
+    points[#points + 1] = {ARGV[i], attributes, redis.call('VEMB', KEYS[2], ARGV[i], 'RAW')[2]}
   end
 end
-return found
+return points
 """
 _SCAN = """#!lua flags=no-writes
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
-local found = {}
+local points = {}
 for _, id in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], ARGV[2], '+', 'LIMIT', 0, ARGV[3])) do
-  found[#found + 1] = {id, redis.call('VGETATTR', KEYS[2], id)}
+  points[#points + 1] = {id, redis.call('VGETATTR', KEYS[2], id)}
 end
-return found
+return points
 """
 _READ_MARK = """#!lua flags=no-writes
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
@@ -133,19 +135,19 @@ return 1
 
 
 class RedisIndex(Adapter):
-    """A vector set on a Redis server of version 8 or later, by a redis-py client or a URL.
+    """A vector set on a Redis server, version 8 or later. *client* is a redis-py client or a URL.
 
-    Its keys begin with ``memstate:{name}:``. A client stays the caller's; one that was made from a URL is closed with
-    the index. Vectors are kept as they are (NOQUANT), without the fact's text. Writes are fenced by their epochs
-    (`FencedIndex`); that of a deleted id is remembered for a day.
+    The index's keys begin with ``memstate:{name}:``. `close` closes only a client that was made from a URL. Vectors are
+    stored in full precision (NOQUANT), without the fact's text. Writes are fenced by their epochs (`FencedIndex`). The
+    epoch of a deleted id is remembered for a day.
 
-    *exact* compares every point; False searches the HNSW graph, in which a near point may be missed. None is exact up
-    to 5,000 points.
+    ``exact=True`` compares all points. ``exact=False`` searches the HNSW graph, which may miss a near point. None
+    compares all points if there are at most 5,000.
 
-    ``incarnation`` changes with every start of the server and with every failover: how much of what it had
-    acknowledged a server has lost (without a file everything, with ``appendfsync everysec`` a second), nothing tells.
-    So the relay compares the index with the tables again, and embeds again only points that are gone. It changes,
-    too, when a key of the index was deleted or evicted: set ``maxmemory-policy noeviction``.
+    ``incarnation`` changes with every start of the server and every failover. The server may then have lost
+    acknowledged writes: all of them without a file, those of a second with ``appendfsync everysec``. The relay compares
+    the index with the tables, and embeds only missing points again. ``incarnation`` also changes when a key of the
+    index was deleted or evicted. To prevent eviction, set ``maxmemory-policy noeviction``.
     """
 
     fences = True
@@ -156,11 +158,13 @@ class RedisIndex(Adapter):
         self._owned = isinstance(client, str)
         self._client: Redis = self._redis.Redis.from_url(client) if isinstance(client, str) else client
         if not isinstance(self._client, self._redis.Redis):
-            raise MemstateError(f"RedisIndex takes a redis.Redis or a URL, not {type(client).__name__}")
+            raise MemstateError(
+                f"Invalid client: RedisIndex needs a redis.Redis or a URL, not {type(client).__name__}."
+            )
         self._name = name
         self._keys = [f"memstate:{{{name}}}:{part}" for part in ("index", "points", "ids", "deleted")]
         self._exact = exact
-        self._size = 0  # as last seen
+        self._size = 0  # the number of points at the last call
 
     @property
     def incarnation(self) -> str:
@@ -212,9 +216,9 @@ class RedisIndex(Adapter):
         return [Entry(id_.decode(), json.loads(attributes)["f"]) for id_, attributes in page]
 
     def purge(self) -> None:
-        """Have the server rewrite its files without what was deleted, and wait for that. Backups are not reached.
+        """Let the server rewrite its files without deleted points, and wait for it. Backups may still hold them.
 
-        For a day the server still knows the ids, and no more, of what was deleted.
+        For a day the server still knows the ids of deleted points, but nothing else of them.
         """
         with self._translated("purge"):
             self._rewritten(None)
@@ -241,7 +245,7 @@ class RedisIndex(Adapter):
 
     @property
     def _compares(self) -> bool:
-        """Whether so many points are compared one by one."""
+        """Whether a query compares all points."""
         return self._exact if self._exact is not None else self._size <= EXACT_UP_TO
 
     @property
@@ -249,17 +253,20 @@ class RedisIndex(Adapter):
         return f"index {self._name!r}"
 
     def _resolve(self, embedder: str, dimension: int) -> str:
-        """Create the index or find it, drop what is left of one that lost a part, and name its content's lifetime."""
+        """Create the index, or open the existing one, and return its incarnation.
+
+        An index that lost one of its keys is dropped and created again.
+        """
         arguments = [embedder, dimension, uuid.uuid4().hex]
         answer: list[bytes] = self._evaluate(_RESOLVE, "open", arguments)
         theirs, size, incarnation, run, count = [part.decode() for part in answer]
         if (theirs, size) != (embedder, str(dimension)):
             raise IndexMismatch(
-                f"Redis index {self._name!r} was built with embedder {theirs!r}, {size} dimensions; asked for: "
-                f"{embedder!r}, {dimension} dimensions. Use another name, or delete the keys {self._keys} to have it "
-                "rebuilt"
+                f"Cannot use Redis index {self._name!r}. It was built with embedder {theirs!r} and {size} dimensions, "
+                f"but this Memory needs {embedder!r} and {dimension} dimensions. Use another name, or delete the keys "
+                f"{self._keys} to rebuild it."
             )
-        # The index's own key has this incarnation. The reported one tells the server's runs apart, too.
+        # The server stores this incarnation. The returned one also has the id of the server's run.
         self._opened, self._size = OpenState(embedder, dimension, incarnation), int(count)
         return f"{incarnation}:{run}"
 
@@ -267,10 +274,10 @@ class RedisIndex(Adapter):
         with self._translated("look at"):
             version = str(self._client.info("server")["redis_version"])
         if int(version.partition(".")[0]) < 8:
-            raise MemstateError(f"vector sets come with Redis 8; this server is of version {version}")
+            raise MemstateError(f"Redis {version} is too old. RedisIndex needs vector sets. Use Redis 8 or later.")
 
     def _rewritten(self, outcome: str | None) -> None:
-        """Wait until no file is being rewritten, and look how it went."""
+        """Wait until the server rewrites no file. Raises DeliveryRetryable if *outcome* is not ok."""
         while True:
             state = self._client.info("persistence")
             if not any(state[doing] for doing in _REWRITING):
@@ -280,7 +287,7 @@ class RedisIndex(Adapter):
             raise DeliveryRetryable(f"Redis could not rewrite its files: {outcome} is {state[outcome]!r}")
 
     def _run(self, script: str, action: str, *arguments: Any) -> Any:
-        """The answer of *script*, if the index on the server is the one that was opened."""
+        """The answer of *script*. Raises DeliveryRetryable if the server's index is not the opened one any more."""
         opened = self._open_state
         answer = self._evaluate(script, action, [opened.incarnation, *arguments])
         if answer == 0:
@@ -288,10 +295,10 @@ class RedisIndex(Adapter):
         return answer
 
     def _change(self, script: str, action: str, arguments: Sequence[Any], rows: Sequence[tuple[Any, ...]]) -> None:
-        """Run *script* on some rows at a time; others' commands come in between, and no answer is waited for."""
+        """Run *script* on batches of *rows*, in one pipeline. Other clients' commands may run between the batches."""
         opened = self._open_state
 
-        def sent() -> list[Any]:
+        def send() -> list[Any]:
             pipeline: Any = self._client.pipeline(transaction=False)
             for start in range(0, len(rows), _PER_SCRIPT):
                 batch = itertools.chain.from_iterable(rows[start : start + _PER_SCRIPT])
@@ -301,20 +308,20 @@ class RedisIndex(Adapter):
 
         with self._translated(action):
             try:
-                answers = sent()
+                answers = send()
             except self._redis.exceptions.NoScriptError:
                 self._client.script_load(script)
-                answers = sent()
+                answers = send()
         if 0 in answers:
             raise self._gone(opened)
 
     def _gone(self, opened: OpenState) -> DeliveryRetryable:
         self._resolve(opened.embedder, opened.dimension)
-        return DeliveryRetryable(f"Redis index {self._name!r} was lost; it was opened anew")
+        return DeliveryRetryable(f"Redis index {self._name!r} was lost. A new, empty one was created.")
 
     def _evaluate(self, script: str, action: str, arguments: Sequence[Any]) -> Any:
         with self._translated(action):
-            # Not decoded even by a client that decodes everything: a vector is no text.
+            # Vectors are bytes, so nothing is decoded, even by a client with decode_responses=True.
             call: Any = partial(self._client.execute_command, NEVER_DECODE=True)
             parameters = (len(self._keys), *self._keys, *arguments)
             try:
@@ -323,7 +330,7 @@ class RedisIndex(Adapter):
                 return call("EVAL", script, *parameters)
 
     def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
-        # Points were checked before: other errors are the server's or the network's.
+        # The points were checked before, so other errors come from the server or the network.
         return delivery_error(error, message, unknown=DeliveryRetryable)
 
     # -- points -------------------------------------------------------------------------------------------------------
@@ -345,21 +352,21 @@ class RedisIndex(Adapter):
         if incarnation is None or _text(incarnation) != opened.incarnation:
             raise self._gone(opened)
         self._size = int(count)
-        if self._compares and not exact:  # others have deleted so much since it was last seen
+        if self._compares and not exact:  # there are now few enough points to compare all
             return self._nearest(query, condition, limit, True)
         rows, candidates = list(_rows(answer)), []
         for id_, score, text in rows:
             attributes = json.loads(text) if text else {}
-            if "f" in attributes:  # a point of ours
+            if "f" in attributes:  # memstate_sa wrote the point
                 distance = clipped_distance(2.0 - 2.0 * float(score))
                 candidates.append(Candidate(Match(_text(id_), distance, attributes["f"]), attributes["m"]))
         return Answer(candidates, is_short=len(rows) < limit)  # an answer has at most _LARGEST_COUNT rows
 
     def _searched(self, search: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """The state of the index, the answer of the search, and the number of replaced points after it.
+        """The state of the index, the answer of the search, and the number of replaced points after the search.
 
-        A search has a thread of its own, and may come in the middle of a script, where a point is that it removes and
-        has not added again.
+        Redis searches in a separate thread, perhaps during a script that has removed a point and not yet added it
+        again. Then the two numbers of replaced points differ.
         """
         pipeline: Any = self._client.pipeline(transaction=False)
         pipeline.hmget(self._keys[0], "incarnation", "count", "replaced")
@@ -369,7 +376,7 @@ class RedisIndex(Adapter):
         return answers
 
     def _among(self, query: Vector, ids: Sequence[str]) -> list[Candidate]:
-        """All of *ids*, nearest first."""
+        """The stored points among *ids*, nearest first."""
         rows = list(self._read(ids, "query"))
         if not rows:
             return []
@@ -387,9 +394,9 @@ class RedisIndex(Adapter):
 
 
 def _attributes(point: Point, norm: float) -> str:
-    """JSON without its beginning, ``{"e":<epoch>``, which the script knows.
+    """The point's attributes in JSON, without the beginning ``{"e":<epoch>``: the script adds it.
 
-    The metadata comes last: Redis looks for a field from the front.
+    The metadata comes last, because Redis searches for a field from the front.
     """
     metadata = stored(point.metadata, point.id)
     named = {number_name(key): value for key, value in numbers(metadata).items()}
@@ -398,10 +405,10 @@ def _attributes(point: Point, norm: float) -> str:
 
 
 def _expression(condition: Mapping[str, Any], *, sure: bool = True) -> str:
-    """The canonical filter as a FILTER that lets through what matches, and perhaps more.
+    """The canonical filter as a FILTER. It lets through every matching point, and perhaps others.
 
-    A field that a point does not have makes the whole expression false, whatever stands beside an ``or``: so within
-    one, where not *sure*, a comparison only asks for a number to be there.
+    If a point lacks a field of the expression, the whole expression is false, even in an ``or``. So in an ``or``, where
+    *sure* is False, a comparison only checks that the point has a number under the key.
     """
     [(key, value)] = condition.items()
     if key in ("$and", "$or"):
@@ -413,13 +420,14 @@ def _expression(condition: Mapping[str, Any], *, sure: bool = True) -> str:
         return " or ".join(f'"{operand_tag}" in .t' for operand_tag in dict.fromkeys(tag(key, o) for o in operands))
     if not sure:
         return f'"{has_number(key)}" in .t'
-    # With the bound: its double may be that of an int beside it. Quoted: a number in an expression has no exponent.
+    # Include the bound, because its double may also be that of a neighbouring int. Quote it, because a number in an
+    # expression cannot have an exponent.
     comparison = ">=" if name in ("$gt", "$gte") else "<="
     return f'.{number_name(key)} {comparison} "{float(operand)!r}"'
 
 
 def _rows(answer: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """The rows of an answer to VSIM: a flat list, or in RESP3 a map."""
+    """The rows of an answer to VSIM, which is a flat list, or a map in RESP3."""
     if isinstance(answer, Mapping):
         for id_, (score, attributes) in answer.items():
             yield id_, score, attributes

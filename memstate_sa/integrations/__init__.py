@@ -1,1 +1,1 @@
-"""Connections of memstate_sa to frameworks for agents. Each folder needs the extra of its name."""
+"""Integrations with agent frameworks. Each folder needs the extra with the same name."""

@@ -1,4 +1,4 @@
-"""`MemStateStore` under its first import path; `memstate_sa.integrations.langgraph` has it as well."""
+"""The old import path of `MemStateStore`. Import it from `memstate_sa.integrations.langgraph`."""
 
 from memstate_sa.integrations.langgraph.store import MemStateStore
 

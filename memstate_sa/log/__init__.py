@@ -1,1 +1,1 @@
-"""What happened: the log, the outbox, and positions in them."""
+"""The log, the outbox, and positions in them."""

@@ -1,13 +1,13 @@
-"""Keys that have no row: writing their history beside transactions that may be adding one.
+"""Keys without a row: how to write their history beside transactions that may be adding the row.
 
-A row can be locked, an absent one cannot. An undo, an erasure, an import and `doctor` write history for such keys. They
-do three things, and ordinary writers do nothing for it:
+A row can be locked, but an absent row cannot. An undo, an erasure, an import and `doctor` write history for such keys.
+They take three steps. Ordinary writers do nothing for this.
 
-1. They lock the key against each other (`lock_absent_keys`), by an advisory lock that ends with the transaction.
+1. They lock the key against each other (`lock_absent_keys`), with an advisory lock that ends with the transaction.
 2. They write their entries of the log.
-3. They wait for the transactions that are writing to the table by then, and look for the row: `require_absent`.
+3. They wait for the transactions that are then writing to the table, and read the row (`require_absent`).
 
-A row that is added before the wait is found by the look. A row that is added later is logged later, and so is last.
+They find a row that was added before step 3. A row that is added later is also logged later, which is the right order.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from memstate_sa.errors import ConflictError
 from memstate_sa.tracking.tracked import Tracked
 
 LOCK_WAIT_S = 5.0
-"""How long to wait for others, before we give up with a ConflictError."""
+"""The time to wait for others before a ConflictError, in seconds."""
 
 _PAUSE_S = 0.02
 _LOCK_NOT_AVAILABLE = "55P03"
 _MOST_KEYS = 500
-"""Each lock takes shared memory of PostgreSQL, so more keys than these are one lock of their class."""
+"""The most keys with a lock each. Locks take shared memory of PostgreSQL, so for more keys the class is locked."""
 
 
 class KeyInserted(ConflictError):
@@ -46,9 +46,9 @@ class KeyInserted(ConflictError):
         self.keys = keys
 
 
-# -- against each other ------------------------------------------------------------------------------------------------
+# -- locks against each other ------------------------------------------------------------------------------------------
 
-# The first number of our advisory locks: of classes, and of keys.
+# The first numbers of our advisory locks: for classes, and for keys.
 _CLASSES, _KEYS = 0x6D656D01, 0x6D656D02
 _keys = unnest_strings("keys")
 _lock_class = select(func.pg_advisory_xact_lock(_CLASSES, bindparam("number", type_=Integer)))
@@ -59,9 +59,9 @@ _set_lock_timeout = select(func.set_config("lock_timeout", bindparam("timeout"),
 
 
 def lock_absent_keys(connection: Connection, facts: Iterable[FactKey]) -> None:
-    """Keep other undos and erasures away from *facts* until the transaction ends. Raise ConflictError if it takes long.
+    """Lock *facts* against other undos and erasures until the transaction ends. ConflictError if this takes long.
 
-    SQLite has one writer: there is nothing to do.
+    SQLite has one writer, so there is nothing to do.
     """
     groups = sorted(by_entity(facts).items())
     if not groups or database_of(connection).has_one_writer:
@@ -80,19 +80,19 @@ def lock_absent_keys(connection: Connection, facts: Iterable[FactKey]) -> None:
         if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
             raise
         raise ConflictError(
-            f"Cannot write the history of {groups[0][0]}. Another undo or erasure holds these keys. Run this "
-            "transaction again when that one has ended."
+            f"Cannot write the history of {groups[0][0]}. Another undo or erasure has locked these keys. Wait for its "
+            "end, and run this transaction again."
         ) from error
 
 
 def _number(name: str) -> int:
-    """A lock's second number: 32 bits with a sign."""
+    """The second number of a lock, with 32 bits and a sign."""
     return int.from_bytes(sha256(name.encode("utf-8", "surrogatepass")).digest()[:4], signed=True)
 
 
 @contextmanager
 def _limited_lock_wait(connection: Connection) -> Iterator[None]:
-    """Wait for locks in here for `LOCK_WAIT_S` at most, where the application has set no limit."""
+    """Limit waits for locks in this block to `LOCK_WAIT_S`, unless the application has set a limit."""
     with connection.begin_nested():
         unlimited = connection.scalar(_lock_timeout) == "0"
         if unlimited:
@@ -102,22 +102,22 @@ def _limited_lock_wait(connection: Connection) -> Iterator[None]:
             connection.execute(_set_lock_timeout, {"timeout": "0"})
 
 
-# -- beside ordinary writers -------------------------------------------------------------------------------------------
+# -- waits for ordinary writers ----------------------------------------------------------------------------------------
 
-# Whoever writes to a table holds this lock of it until its transaction ends.
+# Each writer of a table holds this lock until its transaction ends.
 _writers = text(
     "SELECT virtualtransaction, coalesce(pg_blocking_pids(pid) @> ARRAY[pg_backend_pid()], false) FROM pg_locks "
     "WHERE locktype = 'relation' AND relation = to_regclass(:table) AND mode = 'RowExclusiveLock' AND granted "
     "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
     "AND pid IS DISTINCT FROM pg_backend_pid()"
 )
-_sleep = select(func.pg_sleep(_PAUSE_S))  # in the database: a coroutine's thread goes on with others
+_sleep = select(func.pg_sleep(_PAUSE_S))  # in the database, so that an event loop can run other tasks
 
 
 def require_absent(connection: Connection, tracked: Tracked, keys: Collection[str]) -> None:
-    """Raise `KeyInserted` if a row has one of *keys*. Raise ConflictError if that stays open.
+    """Raise `KeyInserted` if a row has one of *keys*. Raise ConflictError if a writer may still add one.
 
-    Call it after the entries of *keys* are written. See this module for why.
+    Call it after the entries of *keys* are written. The module's docstring says why.
     """
     if not keys or database_of(connection).has_one_writer:
         return
@@ -127,7 +127,7 @@ def require_absent(connection: Connection, tracked: Tracked, keys: Collection[st
         rows = columns.find_rows(present, keys)
     if rows:
         raise KeyInserted(
-            f"{tracked.entity} {min(rows)} was added again by another transaction. Run this one again.", rows
+            f"Another transaction added {tracked.entity} {min(rows)} again. Run this transaction again.", rows
         )
     require_current(connection, tracked, keys)
 
@@ -144,15 +144,15 @@ def _wait_for_writers(connection: Connection, tracked: Tracked) -> None:
         if time.monotonic() > deadline or any(waits_for_us[writer] for writer in writers):
             raise ConflictError(
                 f"Cannot write the history of a key of {tracked.entity} that has no row. Another transaction is "
-                "writing to the table, and may be adding it. Run this transaction again when that one has ended."
+                "writing to the table, and may be adding it. Wait for its end, and run this transaction again."
             )
         connection.execute(_sleep)
 
 
 def require_current(connection: Connection, tracked: Tracked, keys: Collection[str]) -> None:
-    """Raise ConflictError if others have logged or erased something of *keys* that our snapshot does not show.
+    """Raise ConflictError if others have logged or erased entries of *keys* that our snapshot does not show.
 
-    In READ COMMITTED each statement shows what is committed, so there is nothing to do.
+    In READ COMMITTED each statement sees all commits, so there is nothing to do.
     """
     if not keys or not _is_in_snapshot(connection):
         return
@@ -170,7 +170,7 @@ def require_current(connection: Connection, tracked: Tracked, keys: Collection[s
 
 
 def _is_in_snapshot(connection: Connection) -> bool:
-    """Whether the transaction goes on seeing the database as it was at its first statement."""
+    """Whether all statements of the transaction see the database as it was at the first one."""
     if database_of(connection).has_one_writer:
         return False
     return connection.get_isolation_level() in ("REPEATABLE READ", "SERIALIZABLE")
@@ -178,16 +178,16 @@ def _is_in_snapshot(connection: Connection) -> bool:
 
 @contextmanager
 def _connection_to_committed(connection: Connection) -> Iterator[Connection]:
-    """A connection that sees what is committed now."""
+    """A connection that sees all commits up to now."""
     if not _is_in_snapshot(connection):
         yield connection
         return
     with with_separate_pool(connection.engine).connect().execution_options(isolation_level="READ COMMITTED") as present:
-        present.detach()  # closed afterwards, and not kept for the next one: there is hardly ever one
+        present.detach()  # so that it is closed afterwards: it is rarely needed again
         yield present
 
 
-# -- which keys --------------------------------------------------------------------------------------------------------
+# -- the keys ----------------------------------------------------------------------------------------------------------
 
 _last = select(func.max(log.c.id)).where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
 _deleted = select(log.c.key, log.c.tx).where(
@@ -198,9 +198,9 @@ _deleted = select(log.c.key, log.c.tx).where(
 def keys_others_can_insert(
     connection: Connection, tracked: Tracked, keys: Collection[str], own: Collection[str]
 ) -> list[str]:
-    """Those of *keys*, which have no row, that others can add one of.
+    """The *keys* (without a row) for which others can add a row.
 
-    They cannot where one of *own*, which are this transaction, deleted the row: whoever adds it waits for us.
+    If this transaction (its *own* `tx` values) deleted the row, others cannot: they wait for us.
     """
     if not keys or database_of(connection).has_one_writer:
         return []

@@ -1,4 +1,4 @@
-"""Reading the log: what happened, what a fact was, and what differs between two moments."""
+"""Reading the log: changes, a fact at a moment, and the differences between two moments."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _previous_id = (
     .scalar_subquery()
 )
 with_previous = log.outerjoin(previous, previous.c.id == _previous_id)
-"""Entries of the log, each beside the one before it of the same fact."""
+"""Entries of the log, each joined with the previous entry of the same fact."""
 
 _changes = (
     select(
@@ -74,16 +74,16 @@ def read_changes(connection: Connection, registry: Registry, *criteria: ColumnEl
 
 
 def _is_repeated_baseline(row: Row[Any]) -> bool:
-    """Of a baseline that says what the entry before it says.
+    """Whether the entry is a baseline with the same image as the entry before it.
 
-    A transaction logs one whose snapshot (REPEATABLE READ, SERIALIZABLE) is older than the backfill of that row. A
-    unique index would abort it instead, as nothing but the index sees both.
+    A transaction writes such an entry when its snapshot (REPEATABLE READ, SERIALIZABLE) is older than the backfill of
+    the row. A unique index could prevent it, but would abort the transaction.
     """
     return bool(row.op == "baseline" and row.before is not None and row.before == row.image)
 
 
 class LastEntry(NamedTuple):
-    """The last entry of a key, its image in today's shape."""
+    """The last entry of a key, with its image in today's shape."""
 
     id: int
     op: str
@@ -102,7 +102,7 @@ _last = select(log.c.key, log.c.id, log.c.op, log.c.image, log.c.version).where(
 
 
 def last_entries(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, LastEntry]:
-    """Of those of *keys* that the log has seen."""
+    """The last entries of *keys*, without keys that have none."""
     return {
         row.key: LastEntry(
             row.id, row.op, None if row.image is None else tracked.upcast(row.image, row.version, connection.dialect)
@@ -122,7 +122,7 @@ def find_changes(
     session_id: str | None = None,
     limit: int | None = None,
 ) -> list[Change]:
-    """The last *limit* changes with all of what is given, oldest first."""
+    """The last *limit* changes that match all arguments that are not None, oldest first."""
     columns = ((log.c.entity, entity), (log.c.key, key))
     criteria = [column == value for column, value in columns if value is not None]
     labels = ((transaction.c.actor, actor), (transaction.c.session_id, session_id))
@@ -138,27 +138,28 @@ def find_changes(
 def _as_stored(columns: TableColumns, column: Column[Any], value: Any) -> ColumnElement[Any]:
     bound = columns.raw_bind(column, value)
     if columns.database.has_dynamic_types:
-        return type_coerce(cast(cast(bound, Text), column.type), RAW)  # what is a number already is left as it is
+        return type_coerce(cast(cast(bound, Text), column.type), RAW)  # a plain cast would leave a number as it is
     return type_coerce(cast(bound, Text) if columns.travels_as_text(column) else bound, RAW)
 
 
 def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
-    """The canonical key of *key*, a primary key as the ORM has it, in the form in which the database stores it.
+    """The canonical key of *key* (an ORM primary key), in the form in which the database stores it.
 
-    CHAR is padded, 1.5 may be 1.50. The log knows one form, and so does a row; else the database is asked for it.
+    The database pads CHAR, and may store 1.5 as 1.50. It looks for the key in the log first, then for its row. Without
+    either, it lets the database convert the key.
     """
     columns = tracked.columns_for(connection.dialect)
-    asked = columns.canonical(key)
-    if not connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array([asked])}).all():
-        return asked
-    values = decode_key(asked)
+    canonical = columns.canonical(key)
+    if not connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array([canonical])}).all():
+        return canonical
+    values = decode_key(canonical)
     try:
         with tolerate_refusal(connection):
             rows = columns.read(connection, [values])
             forms = (_as_stored(columns, *item) for item in zip(tracked.key_columns, values, strict=True))
             return next(iter(rows), None) or columns.encode_key(connection.execute(select(*forms)).one())
     except (DataError, ProgrammingError, OverflowError, UnicodeError):
-        return asked  # which no row can have
+        return canonical  # no row can have this key
 
 
 def _change(row: Row[Any], registry: Registry, connection: Connection) -> Change:
@@ -184,7 +185,7 @@ def _change(row: Row[Any], registry: Registry, connection: Connection) -> Change
 def loaded_image(
     connection: Connection, tracked: Tracked | None, image: Image | None, version: int | None
 ) -> Image | None:
-    """A logged image as the values that the ORM would load, in the shape that the class has today."""
+    """The values that the ORM would load from a logged image, in today's shape of the class."""
     if image is None or version is None:
         return None
     if tracked is None:
@@ -197,34 +198,35 @@ def loaded_image(
 
 
 class LogAtMoment(NamedTuple):
-    """Which entries there were at a moment. *snapshot* is what the moment's transaction saw, where that is known."""
+    """The condition for entries that existed at a moment, and the snapshot of its transaction, if known."""
 
     criterion: ColumnElement[bool]
     snapshot: Snapshot | None = None
 
 
 def log_at(connection: Connection, at: Moment) -> LogAtMoment:
-    """What the log was at a moment.
+    """The log at a moment.
 
-    Transactions commit in another order than that of their ids. So the moment after a transaction is what this one saw,
-    and what it did: a transaction that was open then is of later, whenever it wrote. That never changes. (A moment that
-    is a time goes by when entries were written.)
+    Transactions do not commit in the order of their ids. So the moment of a transaction includes the entries that it
+    saw, and its own. Entries of transactions that were still open are later, even if they were written before. So the
+    answer never changes. (If the moment is a time, the writing time of each entry counts.)
     """
     if isinstance(at, datetime):
         if at.utcoffset() is None:
-            raise MemstateError(f"at={at!r}: give an aware datetime, for example datetime.now(UTC)")
+            raise MemstateError(f"at={at!r} has no time zone. Give an aware datetime, for example datetime.now(UTC).")
         return LogAtMoment(log.c.at <= at)
     if not isinstance(at, str):
-        raise MemstateError(f"at={at!r}: give an aware datetime, or a transaction (Change.tx)")
+        raise MemstateError(f"at={at!r} is not a moment. Give an aware datetime or a transaction (Change.tx).")
     tx, _, shown = at.partition(SNAPSHOT_MARK)
     last = connection.execute(select(func.max(log.c.id)).where(log.c.tx == tx)).scalar_one()
     if last is None:
-        raise NotFound(f"the log has no transaction {tx!r}")
+        raise NotFound(f"The log has no transaction {tx!r}.")
     if database_of(connection).has_one_writer:
         return LogAtMoment(log.c.id <= last)
-    its = select(log.c.xid, log.c.snapshot, _is_of_another_cluster).where(log.c.tx == tx, log.c.snapshot.is_not(None))
-    own = connection.execute(its.order_by(log.c.id.desc()).limit(1)).one_or_none()
-    if own is None:  # older than the column
+    entries = select(log.c.xid, log.c.snapshot, _is_of_another_cluster)
+    entries = entries.where(log.c.tx == tx, log.c.snapshot.is_not(None))
+    own = connection.execute(entries.order_by(log.c.id.desc()).limit(1)).one_or_none()
+    if own is None:  # the entries are older than the column
         return LogAtMoment(log.c.id <= last)
     snapshot = Snapshot.parse(shown or own.snapshot)
     seen = or_(
@@ -232,27 +234,27 @@ def log_at(connection: Connection, at: Moment) -> LogAtMoment:
         log.c.xid < snapshot.xmin,
         log.c.xid == own.xid,
         and_(log.c.xid < snapshot.xmax, log.c.xid.not_in(snapshot.running)),
-        # Ids of a cluster that this database was restored from are no numbers of this one's: those entries are older.
+        # Entries from before a restore have xids of another cluster, which cannot be compared. They are older.
         false() if own[2] else _is_of_another_cluster,
     )
     return LogAtMoment(and_(log.c.id <= last, seen), snapshot)
 
 
 SNAPSHOT_MARK = "@"
-"""Between a transaction and a later snapshot, in a moment that is no transaction's own."""
+"""Separates a transaction and a later snapshot, in a moment that lies after the transaction."""
 
-# An entry's xid is given out before the row's own (xmin, of 32 bits), unless the row was restored from a dump.
+# An entry's xid is not larger than the row's own xmin (32 bits), unless the row was restored from a dump.
 _xmin = cast(cast(literal_column("memstate_log.xmin"), Text), BigInteger)
 _is_of_another_cluster = (_xmin - log.c.xid).bitwise_and(0xFFFFFFFF) >= 2**31
 
 
 def image_at(connection: Connection, tracked: Tracked, key: str, at: Moment) -> Image | None:
-    """The fact's row at a moment, in today's shape; None when it was not there.
+    """The image of a fact at a moment, in today's shape. None when the fact did not exist.
 
-    A row older than its first entry, a baseline, was always as that says; one that no entry tells of is as it is now.
+    Before its baseline, a row counts as the baseline says. A row without entries counts as it is now.
     """
-    mine = (log.c.entity == tracked.entity, log.c.key == key)
-    entry = select(log.c.op, log.c.image, log.c.version).where(*mine)
+    is_of_fact = (log.c.entity == tracked.entity, log.c.key == key)
+    entry = select(log.c.op, log.c.image, log.c.version).where(*is_of_fact)
     row = connection.execute(
         entry.where(log_at(connection, at).criterion).order_by(log.c.id.desc()).limit(1)
     ).one_or_none()
@@ -263,23 +265,23 @@ def image_at(connection: Connection, tracked: Tracked, key: str, at: Moment) -> 
         if row.op != "baseline":
             return None
     if row.version == REDACTED:
-        raise HistoryMissing(f"{tracked.entity} {key} was erased: what it was is not known any more")
+        raise HistoryMissing(f"Cannot tell what {tracked.entity} {key} was: it has been erased.")
     return None if row.image is None else tracked.upcast(row.image, row.version, connection.dialect)
 
 
 def images_at(
     connection: Connection, tracked: Tracked, at: Moment, keys: Collection[str] | None = None
 ) -> Iterator[tuple[str, Image]]:
-    """The facts of the class that the log knows, or those of *keys*, at a moment, as `image_at` has them.
+    """The images of the class' facts in the log, or of *keys*, at a moment: see `image_at`.
 
     Erased facts are left out.
     """
-    mine, reached = [log.c.entity == tracked.entity], log_at(connection, at).criterion
+    is_of_facts, reached = [log.c.entity == tracked.entity], log_at(connection, at).criterion
     if keys is not None:
-        mine.append(log.c.key.in_(select(_keys.c.value)))
+        is_of_facts.append(log.c.key.in_(select(_keys.c.value)))
     parameters = {} if keys is None else {"keys": as_array(keys)}
-    newest = select(func.max(log.c.id)).where(*mine, reached).group_by(log.c.key)
-    oldest = select(func.min(log.c.id)).where(*mine).group_by(log.c.key)
+    newest = select(func.max(log.c.id)).where(*is_of_facts, reached).group_by(log.c.key)
+    oldest = select(func.min(log.c.id)).where(*is_of_facts).group_by(log.c.key)
     entries = select(log.c.key, log.c.op, log.c.image, log.c.version)
     before_its_baseline = entries.where(log.c.id.in_(oldest), log.c.op == "baseline", ~reached)
     for statement in (entries.where(log.c.id.in_(newest)), before_its_baseline):
@@ -291,10 +293,10 @@ def images_at(
 def differences(
     connection: Connection, registry: Registry, entities: Sequence[str], a: Moment, b: Moment
 ) -> list[Change]:
-    """What became of each fact between two moments, as one change; facts that are the same at both are left out."""
+    """The difference of each fact between two moments, as one change. Facts that are equal at both are left out."""
     changes = []
     earlier, later = (log_at(connection, moment).criterion for moment in (a, b))
-    between = or_(and_(later, ~earlier), and_(earlier, ~later))  # two that ran at once did not see each other
+    between = or_(and_(later, ~earlier), and_(earlier, ~later))  # concurrent transactions did not see each other
     for entity in entities:
         tracked = registry.by_entity[entity]
         columns = tracked.columns_for(connection.dialect)

@@ -1,7 +1,7 @@
-"""Statements on the log and the outbox: adding entries, and reading those that an index has not been given yet.
+"""Statements that add to the log and the outbox, and statements that read undelivered keys.
 
-An outbox entry says "this key may have changed". The relay converges the key to the row that is committed when it
-looks, so entries need no order among themselves, and repeating one does no harm.
+A row of the outbox says "this key may have changed". The relay brings the index to the row that is committed when it
+reads the key. So dirty keys need no order, and a repeated one does no harm.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ _entry = (
 )
 
 unknown_keys: Select[Any] = select(_keys.c.value).where(_entry.is_(None))
-"""The keys among ``keys`` of ``entity`` that the log has not seen.
+"""The keys among ``keys`` of ``entity`` that have no entry in the log.
 
-One look into the index for each key: NOT EXISTS is a join for PostgreSQL, which may hash all that the log has of it.
+It makes one index lookup for each key. For a NOT EXISTS, PostgreSQL may hash the whole log of the entity.
 """
 
 # -- adding -----------------------------------------------------------------------------------------------------------
@@ -90,18 +90,18 @@ _add_to_outbox: Insert = insert(outbox).from_select(
 _add_to_both: Insert = _add_to_outbox.add_cte(_add_to_log.cte("logging"))
 
 _CHARS = 16_000_000
-"""About one statement's worth of text: PostgreSQL takes a JSONB value of 256 MB, SQLite a text of 1 GB."""
+"""The text of one statement, about. PostgreSQL takes a JSONB value of 256 MB, and SQLite a text of 1 GB."""
 
 _KEYS = 8_000
-"""About one statement's worth of keys, which are short."""
+"""The most keys of one statement."""
 
 
 def _payloads(entries: Iterable[LogEntry], versions: Mapping[str, int]) -> Iterator[str]:
-    """*entries* as values of the parameter ``logged``: one, unless they are too large for a statement."""
+    """*entries* as values of the parameter ``logged``. There is one value, unless it is too large for a statement."""
     rows: list[tuple[Any, ...]] = []
     chars = 0
     for entity, key, op, image, reverts, step in entries:
-        # The image as text: as JSON within JSON, SQLite would parse and print it twice.
+        # The image is text here, because SQLite would parse and print JSON within JSON twice.
         image_text = None if image is None else as_json(image)
         chars += len(image_text or key)
         if rows and chars > _CHARS:
@@ -121,7 +121,7 @@ def add(
     at: datetime,
     versions: Mapping[str, int],
 ) -> None:
-    """Log *entries*, and add *dirty* keys to the outbox: one round trip on PostgreSQL, unless it is megabytes.
+    """Log *entries*, and add *dirty* keys to the outbox. On PostgreSQL, a few megabytes take one round trip.
 
     *versions*: the shape of the images of each entity.
     """
@@ -138,17 +138,17 @@ def add(
         connection.execute(_add_to_outbox, {**common, "marked": marked})
 
 
-# -- what a snapshot of SQLite does not see ----------------------------------------------------------------------------
+# -- changes outside of a SQLite snapshot ------------------------------------------------------------------------------
 
 _newest_id = text("SELECT seq FROM sqlite_sequence WHERE name = 'memstate_outbox'")
 _journal = text("PRAGMA journal_mode")
 
 
 def is_behind(connection: Connection) -> bool:
-    """Whether others have committed changes that this transaction does not see. Of SQLite only.
+    """Whether others have committed changes that this transaction does not see. For SQLite only.
 
-    A transaction that began with a read keeps its snapshot, where the file has a write-ahead log. Elsewhere a reader
-    keeps others from committing, and so does a writer.
+    With a write-ahead log, a transaction that began with a read keeps its snapshot. In the other journal modes, its
+    locks prevent commits of others.
     """
     if is_in_memory(connection.engine) or not in_transaction(connection):
         return False
@@ -162,11 +162,11 @@ def is_behind(connection: Connection) -> bool:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 ALL = 1 << 62
-"""A ``limit`` that is none."""
+"""A ``limit`` that limits nothing."""
 
 
 def slots(database: Database) -> range:
-    """The slots that relays share. With one writer there is one: the relays elect one of them."""
+    """The slots that relays share. A database with one writer has one slot, so one relay delivers at a time."""
     return range(1 if database.has_one_writer else SLOTS)
 
 
@@ -175,14 +175,14 @@ def present_column(database: Database) -> ColumnElement[Any]:
     """The column that `to_position` reads."""
     if not database.has_one_writer:
         return cast(func.pg_current_snapshot(), Text)
-    # Not the newest entry that is there: delivered ones are deleted, and only a restore takes the counter back.
+    # The counter, and not the newest row: delivered rows are deleted. Only a restore takes the counter back.
     counted = select(func.max(literal_column("seq", Integer))).select_from(table("sqlite_sequence"))
     return func.coalesce(counted.where(literal_column("name") == outbox.name).scalar_subquery(), 0)
 
 
 def to_position(value: Any) -> Position:
-    """The position of an index that is fully caught up, by the value of `present_column`."""
-    if isinstance(value, int):  # SQLite: the newest id that there was
+    """The position of an index that is fully caught up, from the value of `present_column`."""
+    if isinstance(value, int):  # SQLite: the newest id so far
         return Position(Snapshot(0), 0, value)
     return Position(Snapshot.parse(value))
 
@@ -202,10 +202,10 @@ _late_xids = unnest_strings("late_xids")
 def undelivered(
     database: Database, *columns: ColumnElement[Any], where: ColumnElement[bool], newest_first: bool = False
 ) -> FromClause:
-    """Up to ``limit`` entries after a position, oldest or newest first. See `position_parameters` for the position.
+    """Up to ``limit`` rows of the outbox after a position, oldest or newest first. `position_parameters` binds it.
 
-    PostgreSQL walks twice along the index on (xid, id): over the entries of late transactions, which were running at
-    the position, and over those of newer ones. One condition for both would walk from the oldest transaction that runs.
+    PostgreSQL reads the index on (xid, id) twice: once for late transactions, which were running at the position, and
+    once for newer ones. One condition for both would read it from the oldest running transaction on.
     """
     if database.has_one_writer:
         order_by = outbox.c.id.desc() if newest_first else outbox.c.id.asc()
@@ -227,9 +227,10 @@ def undelivered(
 
 
 def position_parameters(position: Position, late_xids: Iterable[int] | None = None) -> dict[str, Any]:
-    """Parameters of `undelivered`.
+    """The parameters of `undelivered`.
 
-    *late_xids* are transactions that were running at *position* and may have ended since; None: all that were running.
+    *late_xids* are transactions that were running at *position* and may have ended since. None means all that were
+    running.
     """
     xmax = position.snapshot.xmax
     return {
@@ -242,7 +243,7 @@ def position_parameters(position: Position, late_xids: Iterable[int] | None = No
 
 
 def in_slots(database: Database, column: ColumnElement[int]) -> ColumnElement[bool]:
-    """Whether *column* is among the parameter ``slots``, made by `slot_array`."""
+    """SQL for "*column* is in the parameter ``slots``". `slot_array` makes the parameter."""
     if database.has_one_writer:
         return true()
     return column == any_(cast(bindparam("slots", type_=Text()), ARRAY(SmallInteger)))
@@ -271,7 +272,7 @@ def _page(database: Database) -> Select[Any]:
 
 
 def read_page(connection: Connection, position: Position, present: Position, slots: Iterable[int], limit: int) -> Page:
-    """Up to *limit* entries of *slots* that *present* has and *position* has not."""
+    """Up to *limit* dirty keys of *slots* between *position* and *present*."""
     database = database_of(connection)
     if not database.has_one_writer:
         now = present.snapshot

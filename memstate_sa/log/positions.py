@@ -1,7 +1,7 @@
-"""How far an index has come in the outbox: slots, and arithmetic on PostgreSQL's snapshots. Pure.
+"""Positions of indexes in the outbox: slots, and arithmetic on PostgreSQL's snapshots. Pure functions.
 
-Entries become visible when their transaction commits, in another order than that of their ids. So a position is not a
-number but a snapshot: the difference of two of them is what was committed between, late committers included.
+Rows of the outbox become visible when their transaction commits, and not in the order of their ids. So a position is a
+snapshot, and not a number. The difference of two snapshots has all commits between them, late ones included.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from hashlib import sha256
 from typing import NamedTuple
 
 SLOTS = 64
-"""Keys are spread over this many slots by hash, the unit in which relays share work. Fixed: it is stored."""
+"""The number of slots. Relays share work by slots, and a hash gives each key its slot. Slots are stored, so the number
+must never change."""
 
 
 @lru_cache(8192)
 def slot_of(entity: str, key: str) -> int:
-    """The slot of a key. Stored, and computed by triggers too, so it must never change."""
+    """The slot of a key. It is stored, and triggers compute it too, so this function must never change."""
     return sha256((entity + key).encode()).digest()[0] % SLOTS
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Transactions below ``xmax`` that were not ``running`` (sorted, all below ``xmax``) are seen."""
+    """A snapshot sees the transactions below ``xmax``, except the ``running`` ones (sorted, all below ``xmax``)."""
 
     xmax: int
     running: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Snapshot:
-        """The snapshot in PostgreSQL's form, ``xmin:xmax:xip,…``."""
+        """The snapshot from PostgreSQL's text form, ``xmin:xmax:xip,…``."""
         _, xmax, running = text.split(":")
         return cls(int(xmax), tuple(map(int, running.split(","))) if running else ())
 
@@ -40,7 +41,7 @@ class Snapshot:
 
     @property
     def xmin(self) -> int:
-        """All transactions below are seen."""
+        """The snapshot sees all transactions below this one."""
         return self.running[0] if self.running else self.xmax
 
     def sees(self, xid: int) -> bool:
@@ -55,7 +56,7 @@ class Snapshot:
         return Snapshot(xmax, tuple(xid for xid in self.running if xid < xmax)) if xmax < self.xmax else self
 
     def meet(self, other: Snapshot) -> Snapshot:
-        """The snapshot of everything that both see."""
+        """The snapshot that sees exactly the transactions that both see."""
         xmax = min(self.xmax, other.xmax)
         running = {xid for xid in (*self.running, *other.running) if xid < xmax}
         return Snapshot(xmax, tuple(sorted(running)))
@@ -63,10 +64,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far an index has come: it has all that ``snapshot`` sees, and the entries of ``xid`` up to ``id``.
+    """The progress of an index: it has all dirty keys that ``snapshot`` sees, and those of ``xid`` up to ``id``.
 
-    Entries are delivered in order of (xid, id). On SQLite all of them have xid 0 and the snapshot sees none: its one
-    writer makes id order commit order.
+    Keys are delivered in the order of (xid, id). On SQLite all of them have xid 0, and the snapshot sees none: with one
+    writer, the order of ids is the order of commits.
     """
 
     snapshot: Snapshot
@@ -75,41 +76,41 @@ class Position:
 
     @classmethod
     def parse(cls, snapshot: str, xid: int, id_: int) -> Position:
-        """The position that is stored in these columns."""
+        """The position from its stored columns."""
         return cls(Snapshot.parse(snapshot), xid, id_)
 
     def covers(self, other: Position) -> bool:
-        """Whether everything that is delivered at *other* is delivered here."""
+        """Whether this position has all keys that *other* has."""
         covers_xid = other.id == 0 or self.snapshot.sees(other.xid) or (self.xid == other.xid and self.id >= other.id)
         return covers_xid and self.snapshot.includes(other.snapshot)
 
     def after(self, xid: int) -> int:
-        """The id after which entries of transaction *xid*, which the snapshot does not see, are undelivered."""
+        """The id up to which keys of transaction *xid* are delivered. The snapshot does not see *xid*."""
         return self.id if xid == self.xid else 0
 
     @property
     def floor(self) -> tuple[int, int]:
-        """Every entry up to this (xid, id) is delivered."""
+        """The (xid, id) up to which every key is delivered."""
         xmin = self.snapshot.xmin
         return xmin, self.after(xmin)
 
     def advance(self, present: Position, last: tuple[int, int] | None) -> Position:
-        """The position after a page of entries that *present* has and this has not.
+        """The position after the delivery of a page of keys between this position and *present*.
 
-        *last* is the (xid, id) at which the page ended because it was full, None when there is no more.
+        *last* is the (xid, id) of the end of a full page, or None if nothing is left after the page.
         """
         if last is None:
             return present if present.covers(self) else self
         xid, id_ = last
         if xid >= self.snapshot.xmax:
             return Position(present.snapshot.below(xid), xid, id_)
-        # Among the transactions that were running at the last snapshot and have ended since.
+        # The page ended among late transactions, which were running at the last snapshot and have ended since.
         running = tuple(x for x in self.snapshot.running if x >= xid or not present.snapshot.sees(x))
         return Position(Snapshot(self.snapshot.xmax, running), xid, id_)
 
 
 def meet(positions: Iterable[Position]) -> Position:
-    """The position that all of *positions* cover, or a little less. There must be at least one."""
+    """A position that all of *positions* cover: the largest, or a little less. There must be at least one."""
 
     def both(one: Position, other: Position) -> Position:
         if one == other:
@@ -123,9 +124,9 @@ def meet(positions: Iterable[Position]) -> Position:
 
 
 class Page(NamedTuple):
-    """Dirty keys, oldest first, perhaps repeated; ``last`` is the (xid, id) at which it ended if it was full.
+    """Dirty keys, oldest first; a key may be repeated. ``last`` is the (xid, id) of the end of a full page.
 
-    ``intents`` are keys that the application itself may have written to the index, or may be writing.
+    ``intents`` are keys that the application itself may have written, or may be writing, to the index.
     """
 
     facts: list[tuple[str, str]]

@@ -15,7 +15,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 
 def unlogged_rows(connection: Connection, tracked: Tracked) -> Iterator[Mapping[str, Image]]:
-    """The rows that no entry of the log tells of, by key, in pages: they are older than tracking, or came past it."""
+    """The rows without an entry in the log, by key, in pages. They are older than tracking, or bypassed it."""
     after: str | None = None
     columns = tracked.columns_for(connection.dialect)
     while keys := page(connection, tracked, after, READ_CHUNK):

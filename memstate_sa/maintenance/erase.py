@@ -6,7 +6,7 @@ The log still shows that the fact existed, and when it changed and was erased.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ForeignKeyConstraint, Table, delete, false, inspect, null, select, update
@@ -25,8 +25,8 @@ from memstate_sa.db.sessions import writing_connection
 from memstate_sa.db.sqlite import is_in_memory
 from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import embedding, index_state, ledger, log, outbox, parked, unique
-from memstate_sa.embedders import Embedder
 from memstate_sa.embedding import cache
+from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import ConflictError, NotFound
 from memstate_sa.log.absent_keys import KeyInserted, keys_others_can_insert, lock_absent_keys, require_absent
 from memstate_sa.log.changes import REDACTED, LogEntry, new_tx
@@ -44,12 +44,16 @@ class Eraser:
     """Erasure for one Memory."""
 
     def __init__(
-        self, registry: Registry, capture: SessionCapture, recorder: Recorder, embedders: Collection[Embedder]
+        self,
+        registry: Registry,
+        capture: SessionCapture,
+        recorder: Recorder,
+        destinations: Mapping[str, Destination],
     ) -> None:
         self._registry = registry
         self._capture = capture
         self._recorder = recorder
-        self._embedders = embedders
+        self._destinations = destinations
 
     # -- in the caller's transaction -----------------------------------------------------------------------------------
 
@@ -113,7 +117,7 @@ class Eraser:
         connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key == fact))
         parked_rows = (parked.c.entity == tracked.entity, parked.c.key == fact)
         connection.execute(update(parked).where(*parked_rows, parked.c.error.is_not(None)).values(error=ERASED))
-        embedders = {embedder.fingerprint for embedder in self._embedders}
+        embedders = {destination.vectors.embedder.fingerprint for destination in self._destinations.values()}
         embedders.update(connection.scalars(select(index_state.c.embedder).distinct()))
         cache.forget(connection, set(_texts(connection, tracked, fact, images, embedders)))
         return len(entries)

@@ -1,11 +1,11 @@
-"""memstate_sa in an application's Alembic: where our migrations are, and the plugin that knows tables and triggers.
+"""memstate_sa in an application's Alembic: the place of our migrations, and a plugin for our tables and triggers.
 
-Alembic 1.18 and later find the plugin by its entry point, and load this module whenever anybody imports Alembic: so it
-imports no Alembic by itself, and nothing that fails here may stop them. Its comparator runs where env.py names it::
+Alembic 1.18 and later find the plugin by its entry point, and load this module with every import of Alembic. So this
+module does not import Alembic itself, and a failure here must not stop other projects. env.py must name the plugin::
 
     context.configure(..., autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"])
 
-An env.py of an older Alembic calls `register` instead.
+With an older Alembic, env.py calls `register` instead.
 """
 
 from __future__ import annotations
@@ -23,30 +23,33 @@ from memstate_sa.runtime.printable import printable_logger
 logger = printable_logger("memstate_sa.migrations")
 
 VERSION_TABLE = "memstate_version"
-"""Where our migrations, run alone, keep which of them ran: an application has an ``alembic_version`` of its own."""
+"""The version table of our migrations when they run alone. The application may have an ``alembic_version`` already."""
 
 
 def location() -> Path:
-    """The folder of our own migrations: of the wheel, or of the checkout that is installed.
+    """The folder of our own migrations, in the installed wheel or in the checkout.
 
-    Its ``versions`` are a branch "memstate" for an application's ``version_locations``.
+    Its folder ``versions`` is a branch "memstate", which an application can add to its ``version_locations``.
     """
     package = Path(__file__).parent.parent
     for folder in (package / "_migrations", package.parent / "alembic"):
         if (folder / "env.py").is_file():
             return folder
-    raise MemstateError(f"the migrations of memstate_sa are not beside {package}: install its wheel, or its checkout")
+    raise MemstateError(
+        f"Cannot find the migrations of memstate_sa near {package}. The installation is incomplete. Install the wheel "
+        "or the checkout again."
+    )
 
 
 def is_ours(name: str) -> bool:
-    """Whether a table *name* is one of memstate_sa's, of today or of an older version."""
+    """Whether *name* is a table of memstate_sa, in this version or an older one."""
     return name in metadata.tables or name in RENAMED or name == VERSION_TABLE
 
 
 def register() -> None:
-    """Make ``op.memstate_track`` and its like known to Alembic, and what is ours to autogenerate. Idempotent.
+    """Add our operations (``op.memstate_track`` …) and our comparator to Alembic. Idempotent.
 
-    For an env.py of Alembic before 1.18. With a later one it does nothing: there, env.py names the plugin.
+    Call it in env.py if Alembic is older than 1.18. With a later one it does nothing, because env.py names the plugin.
     """
     if has_plugins():
         return
@@ -59,22 +62,22 @@ def register() -> None:
 
 
 def has_plugins() -> bool:
-    """Whether the Alembic that is installed loads them."""
+    """Whether the installed Alembic loads plugins."""
     return find_spec("alembic") is None or find_spec("alembic.runtime.plugins") is not None
 
 
 def setup(plugin: Any) -> None:
-    """What Alembic calls with its Plugin."""
+    """Add our operations and comparator to Alembic. Alembic calls this with its Plugin."""
     try:
         from alembic.util import DispatchPriority
 
         from memstate_sa.migrations import comparing
 
         _know_operations()
-        # After Alembic's own, whose findings it puts right.
+        # Run after Alembic's own comparators, because ours corrects their results.
         plugin.add_autogenerate_comparator(comparing.compare, _EVENT, priority=DispatchPriority.LAST)
-    except Exception as error:  # noqa: BLE001  # of another project in this environment, perhaps, which has no use for us
-        logger.warning("autogenerate will not know memstate_sa: %s", type(error).__name__)
+    except Exception as error:  # noqa: BLE001  # Alembic may be used here by a project that does not use memstate_sa
+        logger.warning("Could not load the Alembic plugin of memstate_sa: %s", type(error).__name__)
 
 
 _EVENT = "schema"

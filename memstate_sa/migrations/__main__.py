@@ -1,6 +1,6 @@
 """Alembic's commands on our own migrations: ``python -m memstate_sa.migrations -x url=sqlite:///app.db upgrade head``.
 
-The URL may be in MEMSTATE_URL as well. For a database without Alembic, or whose Alembic is to know nothing of us.
+MEMSTATE_URL may hold the URL as well. Use this for a database without Alembic, or to keep our migrations separate.
 """
 
 from __future__ import annotations

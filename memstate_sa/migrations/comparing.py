@@ -1,8 +1,14 @@
-"""Autogenerate's part of ours: what of triggers a revision has to change, and what it is to leave alone.
+"""Our part of autogenerate: find the triggers that a revision must change, and keep our tables out of it.
 
-It goes by what `Memory.track` has left in the ``info`` of the MetaData, and by what each trigger says of itself in the
-database. Where a captured table changes, its triggers go before and come again after: none may name a column that is
-gone, SQLite's batch mode drops them without a word, and what they log has to be the row as it is now.
+It compares two sources: the entries of `Memory.track` in the ``info`` of the MetaData, and the header in each trigger
+of the database.
+
+If a captured table changes, the revision drops its triggers first and creates them again afterwards. There are three
+reasons:
+
+1. A trigger must not name a dropped column.
+2. SQLite's batch mode silently drops triggers.
+3. A trigger must log the new columns.
 """
 
 from __future__ import annotations
@@ -34,18 +40,18 @@ from memstate_sa.migrations.operations import (
 )
 from memstate_sa.migrations.rendering import frozen
 
-if TYPE_CHECKING:  # Alembic may be in the middle of importing it: its plugins are loaded then
+if TYPE_CHECKING:  # not at run time: Alembic loads its plugins while it imports this module
     from alembic.autogenerate.api import AutogenContext
 
 Name = tuple[str | None, str]
-"""Schema and name of a table; no schema for the default one."""
+"""Schema and name of a table. The default schema is None."""
 
 _NAMED = (log, outbox, trigger_context)
-"""The tables that triggers name: while they do, SQLite's batch mode cannot make them again."""
+"""The tables that triggers refer to. SQLite's batch mode cannot recreate them while such a trigger exists."""
 
 
 class _Changes(NamedTuple):
-    """The changes of each table that Alembic has seen: those within it, and whether it is created or dropped."""
+    """The changes that Alembic has found: changes within each table, created tables and dropped tables."""
 
     of: Mapping[Name, list[ops.MigrateOperation]]
     created: frozenset[Name]
@@ -62,16 +68,16 @@ class _Changes(NamedTuple):
         return cls(of, created, dropped)
 
     def are_of(self, *tables: Table) -> bool:
-        """Whether one of these *tables* of ours changes, or takes the place of one with an older name."""
+        """Whether one of our *tables* changes, or replaces a table with an older name."""
         return self.rename(*tables) or any((table.schema, table.name) in self.of for table in tables)
 
     def rename(self, *tables: Table) -> bool:
-        """Whether one of these *tables* of ours takes the place of one with an older name."""
+        """Whether one of our *tables* replaces a table with an older name."""
         return any((table.schema, name) in self.dropped for name, table in RENAMED.items() if table in tables)
 
 
 def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[str | None]) -> None:
-    """A comparator of the whole schema, to come after Alembic's own."""
+    """Correct *upgrade_ops*, and add our operations. A comparator that runs after Alembic's own."""
     operations = upgrade_ops.ops
     connection = context.connection
     assert connection is not None
@@ -86,10 +92,10 @@ def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[s
 
 
 class _Comparison:
-    """One comparison of one database with the metadata of an application."""
+    """The comparison of a database with the metadata of an application."""
 
     def __init__(self, context: AutogenContext, connection: Connection, points: frozenset[Name]) -> None:
-        """*points* names the tables in which a PgVectorIndex keeps its points."""
+        """*points* are the names of the tables that hold the points of a PgVectorIndex."""
         self._context = context
         self._connection = connection
         self._points = points
@@ -100,10 +106,11 @@ class _Comparison:
         return (None if table.schema == self._default_schema else table.schema, table.name)
 
     def sifted(self, op: ops.MigrateOperation) -> ops.MigrateOperation | None:
-        """*op* without the parts that must not be done to tables of ours.
+        """*op* without changes that would damage our tables, or None if no change is left.
 
-        No application drops them, in whichever schema a search_path has put them: where its metadata lack them, our
-        migrations create them. And SQLite knows no IDENTITY, so ``compare_server_default`` would never see one.
+        An application must not drop our tables, in any schema. If its metadata lacks them, our own migrations create
+        them. On SQLite, changes to IDENTITY are left out: SQLite has none, so ``compare_server_default`` would report
+        one each time.
         """
         if not isinstance(op, (ops.DropTableOp, ops.ModifyTableOps)):
             return op
@@ -123,13 +130,13 @@ class _Comparison:
         return op
 
     def _is_replaced(self, op: ops.MigrateOperation) -> bool:
-        """Whether *op* drops a table of ours that has another name in the metadata of the application."""
+        """Whether *op* drops one of our tables that has another name in the metadata of the application."""
         if not isinstance(op, ops.DropTableOp) or op.table_name not in RENAMED:
             return False
         return (op.schema, str(RENAMED[op.table_name].name)) in self._tables
 
     def run(self, changes: _Changes, schemas: set[str | None]) -> Iterator[tuple[Ours | None, Ours | None]]:
-        """Pairs of operations: one to run before these changes, and one to run after them."""
+        """Pairs of operations: the first runs before the changes, the second after them."""
         if changes.are_of(log, outbox):
             yield KeepIdsOp(), RestoreIdsOp()
         yield self._log(changes)
@@ -149,13 +156,13 @@ class _Comparison:
             yield from self._table(name, installed.get(name, {}), captured.get(name, {}), changes)
         is_sqlite = database_of(self._connection) is SQLITE
         if changes.rename(*_NAMED) or (is_sqlite and changes.are_of(*_NAMED)):
-            for name in sorted(everywhere.keys() - installed.keys() - captured.keys()):  # env.py leaves them out
+            for name in sorted(everywhere.keys() - installed.keys() - captured.keys()):  # excluded by env.py
                 for header in _headers(everywhere[name]).values():
                     untrack = UntrackOp(*self._old(name, header, changes))
                     yield untrack, untrack.reverse()
 
     def _is_included(self, name: Name) -> bool:
-        """Whether env.py includes the table."""
+        """Whether env.py's filters include the table."""
         table = self._tables.get(name)
         in_database = self._context.run_name_filters(name[1], "table", {"schema_name": name[0]})
         return in_database and (
@@ -177,7 +184,7 @@ class _Comparison:
         for entity in sorted({*old, *captured}):
             new = captured.get(entity)
             if new is not None:
-                triggers.creating(new, self._connection.dialect)  # raises for what triggers cannot log of the model
+                triggers.creating(new, self._connection.dialect)  # raises if triggers cannot log a part of the model
                 only = restriction(new, self._connection.dialect)
                 columns = frozen(new.table, logged_columns(new.table, new.excluded))
                 new = CapturedTable.restricted(columns, new.entity, new.version, only, new.excluded)
@@ -188,9 +195,9 @@ class _Comparison:
             yield undo, None if new is None else TrackOp(new, only)
 
     def _old(self, name: Name, header: Mapping[str, Any], changes: _Changes) -> tuple[CapturedTable, Any]:
-        """The captured table that the installed triggers were made for.
+        """The captured table for which the installed triggers were made.
 
-        The type of a column is the mapping's, unless it changes now: a database knows less of it.
+        The type of a column comes from the mapping unless it changes now, because the database knows less about it.
         """
         reflected = Table(name[1], MetaData(), schema=name[0], autoload_with=self._connection, resolve_fks=False)
         altered = {
@@ -208,7 +215,7 @@ class _Comparison:
 
 
 def _tables_of_points(operations: list[ops.MigrateOperation]) -> frozenset[Name]:
-    """Tables that are in no metadata, with the columns of a PgVectorIndex: in any schema, and under any name."""
+    """The dropped tables that have the columns of a PgVectorIndex, in any schema and under any name."""
     dropped = (op for op in operations if isinstance(op, ops.DropTableOp))
     return frozenset(
         (op.schema, op.table_name) for op in dropped if {column.name for column in op.to_table().columns} == COLUMNS
@@ -216,7 +223,7 @@ def _tables_of_points(operations: list[ops.MigrateOperation]) -> frozenset[Name]
 
 
 def _altering(changes: ops.ModifyTableOps) -> list[ops.MigrateOperation]:
-    """The operations for which a table may have to be created again."""
+    """The operations for which SQLite may have to recreate the table."""
     return [op for op in changes.ops if not isinstance(op, (ops.CreateIndexOp, ops.DropIndexOp))]
 
 
@@ -231,5 +238,5 @@ def _is_identity(op: ops.MigrateOperation) -> bool:
 
 
 def _is_installed(connection: Connection, sources: Mapping[str, str], captured: CapturedTable) -> bool:
-    """Whether *sources*, by name, hold each trigger of *captured*."""
+    """Whether *sources* (by name) contain every trigger of *captured*, unchanged."""
     return all(sources.get(trigger.name) == trigger.source for trigger in triggers.triggers(connection, captured))

@@ -1,6 +1,6 @@
-"""What a migration can do of ours: capture a table by triggers, protect the log, keep ids; or no longer.
+"""Our operations for migrations: capture a table by triggers, protect the log, keep ids, and the reverse of each.
 
-Each is frozen: it says all that its SQL is made from, and neither a model nor a database is asked.
+An operation is complete in itself: its SQL depends on its arguments only, never on a model or the database.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Ours(MigrateOperation):
     directive: ClassVar[str]
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
-        """As `alembic check` prints it."""
+        """The form in which `alembic check` prints the operation."""
         return (self.directive, self.table.fullname)
 
     @property
@@ -53,17 +53,17 @@ class _OfCapture(Ours):
         exclude: Collection[str] = (),
         schema: str | None = None,
     ) -> None:
-        """*table_name*, of these *columns*, holds the facts of *entity*. *exclude* names others, which are not logged.
+        """Run the operation for *table_name*, whose *columns* hold the facts of *entity*.
 
-        *version* is the shape of its rows, as for `Memory.track`; *only* a column, and the values that it has in its
-        rows, of a table shared by single-table inheritance.
+        *exclude* names further columns, which are not logged. *version* is the shape of the rows, as in `Memory.track`.
+        If single-table inheritance shares the table, *only* is the discriminator column and its values for *entity*.
         """
         table = Table(table_name, MetaData(), *columns, schema=schema)
         operations.invoke(cls(CapturedTable.restricted(table, entity, version, only, exclude), only))
 
 
 class TrackOp(_OfCapture):
-    """``op.memstate_track``: triggers log what anybody writes into the table, and have it delivered."""
+    """``op.memstate_track``: create triggers that log every write to the table, and put its key into the outbox."""
 
     directive = "memstate_track"
 
@@ -72,7 +72,7 @@ class TrackOp(_OfCapture):
 
 
 class UntrackOp(_OfCapture):
-    """``op.memstate_untrack``: they do so no longer. What they have logged stays."""
+    """``op.memstate_untrack``: drop these triggers. The log keeps its entries."""
 
     directive = "memstate_untrack"
 
@@ -91,7 +91,7 @@ class _OfLog(Ours):
 
 
 class ProtectLogOp(_OfLog):
-    """``op.memstate_protect_log``: triggers refuse whoever changes or removes an entry of the log."""
+    """``op.memstate_protect_log``: create triggers that refuse to change or remove an entry of the log."""
 
     directive = "memstate_protect_log"
 
@@ -100,7 +100,7 @@ class ProtectLogOp(_OfLog):
 
 
 class UnprotectLogOp(_OfLog):
-    """``op.memstate_unprotect_log``: they do so no longer."""
+    """``op.memstate_unprotect_log``: drop these triggers."""
 
     directive = "memstate_unprotect_log"
 
@@ -109,10 +109,10 @@ class UnprotectLogOp(_OfLog):
 
 
 class KeepIdsOp(_OfLog):
-    """``op.memstate_keep_ids``: notes the highest ids that our tables have given out, of rows that are gone, too.
+    """``op.memstate_keep_ids``: save the highest ids that our tables have used, including those of deleted rows.
 
-    SQLite's batch mode makes a table anew, which counts from the rows that are there: the next entries of an outbox
-    whose entries are all delivered would come below the positions of relays, and never be seen.
+    SQLite's batch mode recreates a table, and the new table counts from the ids of the present rows. The outbox may
+    have no rows left. Its next ids would then be below the positions of relays, which would never see them.
     """
 
     directive = "memstate_keep_ids"
@@ -122,7 +122,7 @@ class KeepIdsOp(_OfLog):
 
 
 class RestoreIdsOp(_OfLog):
-    """``op.memstate_restore_ids``: they count on from there."""
+    """``op.memstate_restore_ids``: continue with the ids that ``op.memstate_keep_ids`` has saved."""
 
     directive = "memstate_restore_ids"
 
@@ -131,7 +131,7 @@ class RestoreIdsOp(_OfLog):
 
 
 class CountingTableOps(ModifyTableOps):
-    """Changes of a table of ours that SQLite is to give AUTOINCREMENT again, which is not reflected."""
+    """Changes of one of our tables that uses AUTOINCREMENT. Reflection does not see it, so it is set again."""
 
     def reverse(self) -> CountingTableOps:
         return CountingTableOps(self.table_name, super().reverse().ops, schema=self.schema)
@@ -178,7 +178,7 @@ def _unprotect(operations: Operations, _: UnprotectLogOp) -> None:
 
 
 def _run(operations: Operations, statements: Iterable[str]) -> None:
-    """As it is written: ``op.execute`` would take colons for parameters, and double percent signs."""
+    """Run *statements* unchanged. ``op.execute`` would take colons for parameters, and double percent signs."""
     context = operations.get_context()
     if not context.as_sql:
         triggers.run(operations.get_bind(), statements)
@@ -188,7 +188,7 @@ def _run(operations: Operations, statements: Iterable[str]) -> None:
 
 
 def register() -> None:
-    """Add them to Alembic's ``op``."""
+    """Add our operations to Alembic's ``op``."""
     implementations: dict[type[Ours], Any] = {
         TrackOp: _track,
         UntrackOp: _untrack,

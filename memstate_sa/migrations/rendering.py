@@ -1,7 +1,7 @@
-"""Our operations as the code of a migration, and the columns of a table as such code can have them.
+"""Render our operations, and the columns of their tables, as code of a migration.
 
-A column is rendered by what the database stores, never by a type of the application's, which a migration would have to
-import and which may be another one when it runs.
+A column is rendered with a standard type for its stored values, never with a type of the application. A migration would
+have to import that type, and it may have changed when the migration runs.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from memstate_sa.migrations.operations import (
     UntrackOp,
 )
 
-if TYPE_CHECKING:  # Alembic may be in the middle of importing it: its plugins are loaded then
+if TYPE_CHECKING:  # not at run time: Alembic loads its plugins while it imports this module
     from alembic.autogenerate.api import AutogenContext
 
 _DIALECTS: tuple[Dialect, Dialect] = (sqlite.dialect(), postgresql.dialect())  # type: ignore[no-untyped-call]
 
 
 def stored(type_: TypeEngine[Any]) -> TypeEngine[Any]:
-    """A type of SQLAlchemy's own that both databases store as they store *type_*."""
+    """A type of SQLAlchemy that both databases store in the same way as *type_*."""
     on_sqlite, on_postgresql = (_plain(undecorated(type_, dialect)) for dialect in _DIALECTS)
     same = repr(on_sqlite) == repr(on_postgresql)
     return on_sqlite if same else on_sqlite.with_variant(on_postgresql, "postgresql")
 
 
 def _plain(type_: TypeEngine[Any]) -> TypeEngine[Any]:
-    """*type_* by the nearest standard class. A NullType where there is none: PostgreSQL reads both as text."""
+    """*type_* as the nearest standard type, or NullType without one. PostgreSQL reads both as text."""
     standard = next(filter(_is_standard, type(type_).__mro__), sqltypes.NullType)
     if standard is sqltypes.NullType:
         return sqltypes.NullType()
-    # A SchemaType listens to the table that it is in.
+    # copy.copy is not enough for a SchemaType: it listens to events of its table.
     plain = type_.copy() if isinstance(type_, SchemaType) else copy.copy(type_)
     if standard is not type(type_):
         plain = plain.adapt(standard)
@@ -59,14 +59,14 @@ def _plain(type_: TypeEngine[Any]) -> TypeEngine[Any]:
 
 
 def _is_standard(kind: type) -> bool:
-    """Whether *kind* is a type of SQLAlchemy's that says how values are stored."""
+    """Whether *kind* is a type of SQLAlchemy that determines how values are stored."""
     if kind in (TypeEngine, UserDefinedType):
         return False
     return kind is postgresql.INTERVAL or (issubclass(kind, TypeEngine) and vars(sqltypes).get(kind.__name__) is kind)
 
 
 def _render_type(context: AutogenContext, type_: TypeEngine[Any]) -> str:
-    """*type_*, one that `stored` has made, as code. Alembic's own would leave out the module of an array's items."""
+    """The code for *type_*, a result of `stored`. Alembic's own code lacks the module for the items of an array."""
     sa = context.opts["sqlalchemy_module_prefix"] or ""
     text = repr(type_)
     if isinstance(type_, sqltypes.ARRAY):
@@ -76,12 +76,12 @@ def _render_type(context: AutogenContext, type_: TypeEngine[Any]) -> str:
         text = f"postgresql.{text}"
     else:
         text = f"{sa}types.{text}" if isinstance(type_, sqltypes.NullType) else f"{sa}{text}"
-    variants = type_._variant_mapping.items()  # noqa: SLF001  # there is no other way to ask
+    variants = type_._variant_mapping.items()  # noqa: SLF001  # SQLAlchemy has no public way
     return text + "".join(f".with_variant({_render_type(context, other)}, {name!r})" for name, other in variants)
 
 
 def frozen(table: Table, columns: Iterable[Column[Any]]) -> Table:
-    """*table* as a migration says it: its name, its key, and *columns* by what is stored."""
+    """*table* for a migration: its name, its key, and *columns* with their `stored` types."""
     parts: list[Any] = []
     for column in columns:
         generated = column.computed
@@ -119,13 +119,13 @@ def _render(context: AutogenContext, operation: Ours, arguments: str = "") -> st
 
 
 def _render_changes(context: AutogenContext, operation: CountingTableOps) -> list[str]:
-    first, *others = render._render_modify_table(context, operation)  # noqa: SLF001  # as its own
+    first, *others = render._render_modify_table(context, operation)  # noqa: SLF001  # as Alembic renders them
     option = "table_kwargs={'sqlite_autoincrement': True}"
     return [first.replace(") as batch_op:", f", {option}) as batch_op:"), *others]
 
 
 def register() -> None:
-    """Have autogenerate write them."""
+    """Teach autogenerate to write our operations."""
     for captures in (TrackOp, UntrackOp):
         render.renderers.dispatch_for(captures)(_render_columns)
     for of_log in (ProtectLogOp, UnprotectLogOp, KeepIdsOp, RestoreIdsOp):

@@ -1,6 +1,7 @@
-"""Convergence of the indexes to the committed rows.
+"""Delivery of the committed rows to the indexes.
 
-`plan`, `slot_owner` and `protocol` decide, and do no I/O. `claims` and `ledger` remember. `delivery` and `loop` act.
+`plan`, `slot_owner` and `protocol` decide, without I/O. `claims` and `ledger` keep state in the database. `delivery`
+and `loop` act.
 """
 
 from memstate_sa.relay.deadletters import DeadLetter

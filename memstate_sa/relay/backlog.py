@@ -1,4 +1,4 @@
-"""The undelivered changes of an index: for searches, and for people."""
+"""The undelivered changes of an index, for searches and for operators."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _positions = select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, cursor.c
 
 
 def read_positions(connection: Connection, index: IndexKey) -> dict[Position, list[int]]:
-    """The slots of *index* by their position; empty when it was never delivered to."""
+    """The slots of *index* by position; empty if the index was never delivered to."""
     positions: dict[Position, list[int]] = {}
     for snapshot, xid, id_, slot in connection.execute(_positions, index.parameters()).all():
         positions.setdefault(Position.parse(snapshot, xid, id_), []).append(slot)
@@ -37,11 +37,15 @@ def read_positions(connection: Connection, index: IndexKey) -> dict[Position, li
 
 
 class EntityCoverage(NamedTuple):
-    """What an index has of one entity; ``position`` is None when it was never delivered to.
+    """How far an index covers one entity.
 
-    ``filled``: it was once delivered in full. ``has_refused_keys``: it refused keys. ``newest_id``: the newest outbox
-    id. ``marked``: points carry their entity. ``past``: the mark that the index should have. ``projection``: the
-    projection of the rows that it holds.
+    - ``position``: the position of the index, or None if it was never delivered to.
+    - ``filled``: all rows of the entity were delivered once.
+    - ``has_refused_keys``: the index has refused keys of the entity.
+    - ``newest_id``: the newest id of the outbox.
+    - ``marked``: the points carry their entity.
+    - ``past``: the mark that the index should have.
+    - ``projection``: the projection of the rows that the index holds.
     """
 
     position: Position | None
@@ -65,7 +69,7 @@ _projection = (
     .where(of_index(projection), projection.c.entity == bindparam("entity"), projection.c.owner == HELD_BY_INDEX)
     .scalar_subquery()
 )
-# One row, unless slots have changed hands a moment ago.
+# This returns one row, except shortly after slots have changed hands.
 _coverage = (
     select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, and_(_known, not_(_unfilled)), _has_refused_keys)
     .add_columns(_newest, _marked, _projection, *marks.columns)
@@ -90,7 +94,7 @@ def read_entity_coverage(connection: Connection, index: IndexKey, entity: str) -
 
 
 def refused_keys(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:
-    """Keys of *entity* that *index* refused, parked or dead."""
+    """The parked and dead keys of *entity*, which *index* refused."""
     return connection.scalars(_refused, {**index.parameters(), "entity": entity, "limit": limit}).all()
 
 
@@ -101,10 +105,12 @@ def refused_keys(connection: Connection, index: IndexKey, entity: str, limit: in
 class Backlog:
     """The undelivered changes of an index.
 
-    ``parked`` keys were refused and wait for another attempt; ``dead`` ones wait for their next change. ``due`` keys
-    are to be tried again now, for whatever reason. ``refilling``: the index is new, and is being delivered in full.
-    ``replaced_by``: the index that searches ask instead, see `Memory.reindex`. ``problem``: why the last delivery of a
-    relay in this process failed, or else why one of the refused keys was refused.
+    - ``parked``: keys that were refused and wait for another attempt.
+    - ``dead``: keys that were refused too often. They wait for their next change.
+    - ``due``: keys that must be tried again now.
+    - ``refilling``: the index is new, and all rows are being delivered to it.
+    - ``replaced_by``: the index that searches ask instead, see `Memory.reindex`.
+    - ``problem``: why the last delivery of a relay in this process failed, or why a key was refused.
     """
 
     pending: int
@@ -164,7 +170,7 @@ BEGINNING = Position(Snapshot(0))
 
 
 def is_delivered(connection: Connection, index: IndexKey, entities: Sequence[str], present: Position) -> bool:
-    """Whether *index* has everything that *present* has, but for keys that it refused and that are not due."""
+    """Whether *index* has all changes up to *present*, except refused keys that are not due."""
     positions = read_positions(connection, index)
     return (
         bool(positions)

@@ -1,6 +1,7 @@
-"""The owners of an index and its positions: leases, slots, cursors, refills. One short transaction a call.
+"""The owners and positions of an index in the database: leases, slots, cursors. Each call is a short transaction.
 
-Safety hangs on a slot's epoch alone, which grows whenever the slot changes hands; a lease only tells when it may.
+Safety depends only on the epoch of a slot, which grows whenever the slot changes hands. The lease only tells when a
+slot may change hands.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ _one = select(literal(1).label("one")).subquery()
 def _look(database: Database) -> Select[Any]:
     now = database.clock()
     live = select(func.count()).where(of_index(holder), holder.c.lease_until > now)
-    its_owner = exists().where(of_index(holder), holder.c.owner == cursor.c.owner)
-    free = exists().where(of_index(cursor), not_(its_owner))
+    slot_owner = exists().where(of_index(holder), holder.c.owner == cursor.c.owner)
+    free = exists().where(of_index(cursor), not_(slot_owner))
     due = exists().where(due_parking(database))
     paused = select(index_state.c.paused).where(of_index(index_state))
     counts = (query.scalar_subquery() for query in (live, _owned))
@@ -66,7 +67,7 @@ def _look(database: Database) -> Select[Any]:
 
 
 def due_parking(database: Database) -> ColumnElement[bool]:
-    """Parked keys of ``slots`` and ``entities`` whose time has come."""
+    """The criterion of the parked keys of ``slots`` and ``entities`` that are due."""
     return and_(
         of_index(parked),
         parked.c.state.in_((ParkedState.AGAIN, ParkedState.PARKED)),
@@ -79,7 +80,7 @@ def due_parking(database: Database) -> ColumnElement[bool]:
 def look(
     connection: Connection, index: IndexKey, owner: str, entities: str, slots: Iterable[int]
 ) -> tuple[DatabaseState, Past | None]:
-    """Read the state of *index*, and its past. *entities* is an array parameter."""
+    """The state of *index* and its past. *entities* is an array parameter."""
     parameters = {"me": owner, "now": utcnow(), "entities": entities, "slots": slot_array(slots)}
     row = connection.execute(_look(database_of(connection)), {**index.parameters(), **parameters}).one()
     return DatabaseState(to_position(row[0]), row[1], row[2], row[3], row[4], bool(row[5])), marks.as_past(row[6:])
@@ -94,22 +95,24 @@ _renew = update(holder).where(_me).values(lease_until=bindparam("until"))
 
 
 def renew(connection: Connection, index: IndexKey, owner: str, lease_s: float) -> int:
-    """Prolong the lease. Returns how many slots *owner* still has, 0 when others took it for dead."""
+    """Renew the lease. Return the number of slots that *owner* still has: 0 if other owners have taken over."""
     take_write_lock(connection)
     until = database_now(connection) + timedelta(seconds=lease_s)
-    known = connection.execute(_renew, {**index.parameters(), "me": owner, "until": until}).rowcount
+    renewed_leases = connection.execute(_renew, {**index.parameters(), "me": owner, "until": until}).rowcount
     count: int = connection.execute(_owned, {**index.parameters(), "me": owner}).scalar_one()
-    return count if known == 1 else 0
+    return count if renewed_leases == 1 else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Claimant:
-    """An owner, and what it knows when it claims slots of a registered index.
+    """An owner that claims slots of a registered index.
 
-    ``in_process``: nothing lands in the index once its process has ended, so the lease of a dead owner is not waited
-    for. Elsewhere a request may be waiting at a server. ``epochs`` are those of the slots that it knows to be its own.
-    ``kept_mark``: the mark that the index had before this transaction. ``went_back``: the database was restored (see
-    `marks`). ``now`` is the database's time.
+    - ``in_process``: the index runs in the owner's process. No write can land after that process has ended, so the
+      lease of a dead owner need not end first. With a server, a request may still be waiting there.
+    - ``epochs``: the slots that the owner knows to be its own.
+    - ``kept_mark``: the mark that the index had before this transaction.
+    - ``went_back``: the database was restored (see `marks`).
+    - ``now``: the database's time.
     """
 
     owner: str
@@ -123,50 +126,48 @@ class Claimant:
 
 
 def claim(connection: Connection, index: IndexKey, claimant: Claimant) -> tuple[Claimed, Past]:
-    """Prolong the lease, and take free slots until the claimant has its share. Also returns the past of the index."""
+    """Renew the lease, and take free slots until the claimant has its share. Also return the past of the index."""
     owner, now = claimant.owner, claimant.now
-    # All relays lock them in this order. This waits for relays that acknowledge.
+    # All relays lock the cursors in this order. This waits for relays that are recording a page.
     connection.execute(_cursors.with_for_update(), index.parameters()).all()
     live = _live(connection, index, claimant)
     delivered = read_entities(connection, index)
     settled = projections.settle(connection, index, owner, live, delivered, claimant.classes, now)
     marked = require_refills(connection, index, delivered, settled.delivered, settled.changed)
     present = read_present(connection)
-    rows, now_past = _compared(connection, index, claimant, present, alone=len(live) == 1, is_filled=bool(delivered))
-    quota = -(-len(slots(database_of(connection))) // len(live))  # rounded up: no slot is unclaimed
+    rows, index_past = _compared(connection, index, claimant, present, alone=len(live) == 1, is_filled=bool(delivered))
+    quota = -(-len(slots(database_of(connection))) // len(live))  # rounded up, so that no slot stays unclaimed
     own_slots = {
         row.slot: HeldSlot(row.epoch, _position(row), fresh=False, settle=False)
         for row in rows
         if row.owner == owner and claimant.epochs.get(row.slot) == row.epoch
     }
-    # Slots that are ours in the database, but unknown to us: our writes to them are unknown, too.
+    # The database says that these slots are ours, but we do not know them, nor our writes to them: take them again.
     strays = [row for row in rows if row.owner == owner and row.slot not in own_slots]
-    # The slots that are furthest behind come first: no relay has had time for them.
+    # Take the slots that are furthest behind first.
     free = sorted((row for row in rows if row.owner not in live), key=lambda row: _position(row).floor)
-    taken = strays + free[: max(0, quota - len(own_slots) - len(strays))]
-    fresh_slots = _take(connection, index, owner, taken, now)
-    return Claimed({**own_slots, **fresh_slots}, present, len(live), quota, marked, settled.delivered), now_past
+    new_rows = strays + free[: max(0, quota - len(own_slots) - len(strays))]
+    fresh_slots = _take(connection, index, owner, new_rows, now)
+    return Claimed({**own_slots, **fresh_slots}, present, len(live), quota, marked, settled.delivered), index_past
 
 
 def _compared(
     connection: Connection, index: IndexKey, claimant: Claimant, present: Position, *, alone: bool, is_filled: bool
 ) -> tuple[Sequence[Row[Any]], Past]:
-    """The cursors of *index*, and its past, which is another one when the index or the database was restored."""
-    now_past, is_another = marks.compare(
-        connection, index, claimant.kept_mark, alone=alone, went_back=claimant.went_back
-    )
-    if is_another and is_filled:
+    """The cursors of *index*, and its past. The past is a new one if the index or the database was restored."""
+    index_past, is_new = marks.compare(connection, index, claimant.kept_mark, alone=alone, went_back=claimant.went_back)
+    if is_new and is_filled:
         logger.warning(
-            "index %r was filled from another past of this database: one of the two was restored, or two databases "
-            "share the index. It is compared with the tables in full",
+            "Index %r was filled from another past of this database. Either of them was restored from a backup, or two "
+            "databases share the index. It is now compared with the tables in full.",
             index.name,
         )
     rows = connection.execute(_cursors, index.parameters()).all()
     is_ahead = any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows)
-    if has_moved(connection, index) or is_another or is_ahead:
+    if has_moved(connection, index) or is_new or is_ahead:
         _rebase(connection, index, present)
         rows = connection.execute(_cursors, index.parameters()).all()
-    return rows, now_past
+    return rows, index_past
 
 
 def _take(
@@ -175,7 +176,7 @@ def _take(
     """Make *owner* the owner of the slots of *rows*, under a new epoch."""
     if not rows:
         return {}
-    # By the clock, not only by counting: an index outlives a database that is restored or created again.
+    # Use the clock, not only a counter: an index remembers epochs even if the database is restored or created again.
     epoch = max(int(now.timestamp() * 1000), *(row.epoch + 1 for row in rows))
     _change(connection, index, [row.slot for row in rows], {"owner": owner, "epoch": epoch})
     restart_scan(connection, index, [row.slot for row in rows if row.owner is not None])
@@ -187,7 +188,7 @@ def _position(row: Row[Any]) -> Position:
 
 
 def _live(connection: Connection, index: IndexKey, claimant: Claimant) -> set[str]:
-    """The owners whose lease runs, the claimant among them. The others are deleted."""
+    """Renew the claimant's lease, and delete leases that have ended. Return the owners whose leases run."""
     owner, now = claimant.owner, claimant.now
     until = now + timedelta(seconds=claimant.lease_s)
     statement = (
@@ -209,10 +210,10 @@ def _live(connection: Connection, index: IndexKey, claimant: Claimant) -> set[st
 
 
 def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
-    """Have the index compared in full: the database was restored, or a standby promoted.
+    """Reset the positions, so that the index is compared in full. The database was restored, or a standby promoted.
 
-    Another cluster's snapshots mean nothing here. Snapshots of the future would hide every entry. The last deliveries
-    may never have been committed.
+    The snapshots of another cluster mean nothing here, and snapshots of the future would hide every entry. Also, the
+    transactions that were delivered last may not be in this database.
     """
     statements = (
         update(cursor)
@@ -229,7 +230,7 @@ def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
 
 
 @cache
-def _mine(database: Database) -> Select[Any]:
+def _own_slots(database: Database) -> Select[Any]:
     return (
         select(cursor.c.slot, cursor.c.epoch)
         .where(of_index(cursor), cursor.c.owner == bindparam("me"), in_slots(database, cursor.c.slot))
@@ -240,7 +241,7 @@ def _mine(database: Database) -> Select[Any]:
 
 @cache
 def _changing(database: Database, *names: str) -> Update:
-    """Set the columns *names* of ``slots``. Given none, it would change all on SQLite, which has one."""
+    """Set the columns *names* of ``slots``. An empty ``slots`` would change all rows on SQLite, which has one slot."""
     statement = update(cursor).where(of_index(cursor), in_slots(database, cursor.c.slot))
     return statement.values({name: bindparam(f"new_{name}") for name in names})
 
@@ -253,15 +254,18 @@ def _change(connection: Connection, index: IndexKey, slots: Collection[int], val
 
 
 def still_held(connection: Connection, index: IndexKey, owner: str, epochs: Mapping[int, int]) -> set[int]:
-    """The slots of *epochs* that have not changed owners. They cannot, until this transaction ends."""
+    """Lock the slots in *epochs*, and return those slots that still have this epoch and *owner*.
+
+    They cannot change hands until this transaction ends.
+    """
     take_write_lock(connection)
     parameters = {**index.parameters(), "me": owner, "slots": slot_array(epochs)}
-    rows = connection.execute(_mine(database_of(connection)), parameters).all() if epochs else ()
+    rows = connection.execute(_own_slots(database_of(connection)), parameters).all() if epochs else ()
     return {slot for slot, epoch in rows if epochs[slot] == epoch}
 
 
 def save_positions(connection: Connection, index: IndexKey, positions: Mapping[int, Position]) -> None:
-    """Record the positions of slots that are `still_held`."""
+    """Record the positions of slots that `still_held` has returned."""
     by_position = sorted(positions.items(), key=lambda item: (str(item[1]), item[0]))
     for position, group in groupby(by_position, key=lambda item: item[1]):
         _change(connection, index, [slot for slot, _ in group], position_columns(position))
@@ -272,7 +276,7 @@ _slot_epochs = select(cursor.c.slot, cursor.c.epoch, _index_is_marked).where(of_
 
 
 class SlotEpochs(NamedTuple):
-    """The epoch of each slot's claim, and whether points carry their entity."""
+    """The epoch of each slot, and whether points carry their entity."""
 
     epochs: Mapping[int, int]
     marked: bool
@@ -283,11 +287,12 @@ def read_slot_epochs(connection: Connection, index: IndexKey) -> SlotEpochs:
     return SlotEpochs({slot: epoch for slot, epoch, _ in rows}, any(marked for _, _, marked in rows))
 
 
-def free_slots(connection: Connection, index: IndexKey, held_slots: Collection[int]) -> None:
-    """Take the owner from slots that are `still_held`."""
-    _change(connection, index, held_slots, {"owner": None})
+def free_slots(connection: Connection, index: IndexKey, own_slots: Collection[int]) -> None:
+    """Remove the owner of slots that `still_held` has returned."""
+    _change(connection, index, own_slots, {"owner": None})
 
 
 def leave(connection: Connection, index: IndexKey, owner: str) -> None:
+    """Delete the lease of *owner*."""
     touch(connection, index, database_now(connection))
     connection.execute(delete(holder).where(_me), {**index.parameters(), "me": owner})

@@ -1,4 +1,4 @@
-"""Keys that an index refused too often, and an index that is not to be delivered to for a while."""
+"""Dead keys, which an index refused too often, and paused indexes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from memstate_sa.relay.plan import ParkedState
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A key that *index* refused ``attempts`` times. It is tried again when its row changes, or by `Relay.retry_dead`.
+    """A key that ``index`` refused ``attempts`` times.
 
-    ``key`` is the primary key as a JSON array. ``error`` names types, never the fact.
+    It is tried again when its row changes, or by `Relay.retry_dead`. ``key`` is the primary key as a JSON array.
+    ``error`` names types of errors, and shows no data of the fact.
     """
 
     index: str
@@ -32,14 +33,14 @@ class DeadLetter:
     error: str
 
 
-_named = parked.c.entity + parked.c.key
+_full_name = parked.c.entity + parked.c.key
 
 
 def _dead(keys: Collection[str] | None) -> ColumnElement[bool]:
-    """The dead keys among *keys*, which may have their entity before them, as logs name them."""
+    """The criterion of the dead keys among *keys*, which may have their entity before them as in log lines."""
     dead = and_(of_index(parked), parked.c.state == ParkedState.DEAD)
     names = select(unnest_strings("keys").c.value)
-    return dead if keys is None else and_(dead, or_(parked.c.key.in_(names), _named.in_(names)))
+    return dead if keys is None else and_(dead, or_(parked.c.key.in_(names), _full_name.in_(names)))
 
 
 def read_dead(connection: Connection, index: IndexKey, limit: int) -> list[DeadLetter]:
@@ -49,7 +50,7 @@ def read_dead(connection: Connection, index: IndexKey, limit: int) -> list[DeadL
 
 
 def retry_dead(connection: Connection, index: IndexKey, keys: Collection[str] | None) -> int:
-    """Have dead keys tried again, with a new count of attempts; returns how many."""
+    """Let dead keys be tried again, with a new count of attempts. Return their number."""
     take_write_lock(connection)
     statement = update(parked).where(_dead(keys))
     statement = statement.values(
@@ -59,7 +60,7 @@ def retry_dead(connection: Connection, index: IndexKey, keys: Collection[str] | 
 
 
 def drop_dead(connection: Connection, index: IndexKey, keys: Collection[str] | None) -> int:
-    """Forget dead keys; returns how many. The point of such a key stays until its row changes."""
+    """Drop dead keys, and return their number. The old point of such a key stays until its row changes."""
     take_write_lock(connection)
     statement = delete(parked).where(_dead(keys))
     return connection.execute(statement, {**index.parameters(), "keys": as_array(keys or ())}).rowcount
@@ -69,4 +70,4 @@ def set_paused(connection: Connection, index: IndexKey, *, paused: bool) -> None
     take_write_lock(connection)
     statement = update(index_state).where(of_index(index_state)).values(paused=paused)
     if connection.execute(statement, index.parameters()).rowcount == 0:
-        raise MemstateError(f"index {index.name!r} was never delivered to; there is nothing to pause or resume")
+        raise MemstateError(f"Cannot pause or resume index {index.name!r}: it was never delivered to.")

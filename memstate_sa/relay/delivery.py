@@ -1,7 +1,8 @@
-"""One owner at work on one index: each request of the protocol becomes a short transaction, or a call.
+"""The I/O of one owner for one index: each request of the protocol becomes a short transaction or a call.
 
-No database transaction is open during an embedding or index call. One exception: while a server index is called in a
-thread, short ones read the next page, and keep its vectors. They do not wait for that call.
+No database transaction is open during a call of the embedder or the index, with one exception. A server index is called
+in a thread. At the same time, short transactions read the next page and store its vectors. They do not wait for that
+call.
 """
 
 from __future__ import annotations
@@ -72,16 +73,16 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 SAVE_EVERY_S = 0.5
-"""PostgreSQL: positions are recorded at most this often. Each time is a new version of their rows."""
+"""On PostgreSQL, positions are recorded at most this often, because each update makes new versions of their rows."""
 
 _EVICTED = 1_000
-"""Vectors that one transaction deletes: on SQLite, which has one writer, it takes ten ms."""
+"""The number of vectors that one transaction deletes. It blocks the other writers of SQLite for ten ms."""
 
 _READS = (Look, ReadPage, ReadDue, ReadRefill, Read)
 
 
 class Delivery:
-    """The delivery to one index from one database. Not thread-safe; the relay serialises its calls."""
+    """The delivery from one database to one index. It is not thread-safe: the relay makes one call at a time."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class Delivery:
         self._reader: Connection | None = None
         self._unstored: dict[str, Vector] = {}  # vectors that are not in the database yet
         self._bookmark = Bookmark()
-        self._room = 0  # how many vectors may be stored until they are counted
+        self._room = 0  # the number of vectors that may be stored before they are counted again
         database = database_of(engine)
         self._page_s = 0.0 if database.has_one_writer else SAVE_EVERY_S
         self.slot_worker = SlotWorker(
@@ -122,9 +123,9 @@ class Delivery:
         forks.in_child(self, Delivery._forked)
 
     def _forked(self) -> None:
-        """Be another owner: slots, lease and open connection are the parent's."""
+        """Become a new owner after a fork: slots, lease and open connection belong to the parent process."""
         if database_of(self._engine).runs_in_process:
-            self._end_reading()  # SQLite believes that this process has the locks of the parent's transaction
+            self._end_reading()  # SQLite takes the locks of the parent's transaction for our own
         else:
             forks.leave_to_parent(self._reader)
         self._owner, self._key, self._reader = leases.new_owner(self), None, None
@@ -133,22 +134,22 @@ class Delivery:
         self.slot_worker.reset()
 
     def open(self) -> IndexKey:
-        """Raises IndexMismatch when the index was built by another embedder."""
+        """Open the index. Raises IndexMismatch if another embedder has filled it."""
         incarnation = self._guarded(self._destination.open)
         self.slot_worker.max_batch = self._guarded(lambda: self._index.max_batch)
         return IndexKey(self.name, incarnation)
 
     def step(self) -> int | None:
-        """Deliver a page from each source that has one; the keys converged, or None when there was nothing to do.
+        """Deliver one page from each source. Return the number of keys, or None if there was nothing to do.
 
-        Raises DeliveryRetryable when the index or the embedder is unavailable: nothing is lost, call again later.
+        Raises DeliveryRetryable when the index or the embedder is unavailable. Nothing is lost: call again later.
         """
         key = self.open()
         if key != self._key:
             self.slot_worker.reset()
             self._key, self._bookmark = key, Bookmark()
         classes = self._classes()
-        if classes != self._tracked:  # the next claim has the rows of what is new delivered
+        if classes != self._tracked:  # release the slots: the next claim starts the refill of new classes
             if self.slot_worker.epochs:
                 self._run(self.slot_worker.release())
             self._know(classes)
@@ -160,11 +161,11 @@ class Delivery:
         self._set_delivered(classes)
 
     def _set_delivered(self, entities: Collection[str]) -> None:
-        """Set the entities that we deliver: perhaps not all that we know."""
+        """Set the entities that we deliver, which may be fewer than we know."""
         self._delivered, self._entities = list(entities), as_array(entities)
 
     def save(self) -> None:
-        """Record how far each slot is, now."""
+        """Record the positions of our slots."""
         if self._key is not None:
             self._run(self.slot_worker.save())
 
@@ -174,9 +175,9 @@ class Delivery:
             self._run(self.slot_worker.keep())
 
     def release(self) -> None:
-        """Let others take over at once."""
+        """Release all slots, so that other owners can claim them at once."""
         if self._key is None or (is_in_memory(self._engine) and open_transaction(self._engine)):
-            return  # its connection is the application's, in the middle of something
+            return  # the only connection is in a transaction of the application
         self._run(self.slot_worker.release())
 
     def _run(self, steps: Steps[R]) -> R:
@@ -187,7 +188,7 @@ class Delivery:
                     if not isinstance(request, _READS):
                         self._end_reading()
                     reply = self._do(request)
-                except Exception as error:  # noqa: BLE001  # the protocol decides what to do about it
+                except Exception as error:  # noqa: BLE001  # the protocol handles it
                     request = steps.throw(error)
                 else:
                     request = steps.send(reply)
@@ -199,7 +200,7 @@ class Delivery:
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
-        """One transaction for reads that follow each other; each statement sees what is committed when it begins."""
+        """Give consecutive reads the same transaction. Each statement sees all commits before its beginning."""
         with forks.uninterrupted():
             if self._reader is None:
                 self._reader = self._engine.connect()
@@ -211,13 +212,13 @@ class Delivery:
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
-        """A short transaction, which ends with the lease if this process is stopped in the middle of it."""
+        """Open a short transaction. If this process is suspended in the middle, the transaction ends with the lease."""
         with forks.uninterrupted(), self._engine.begin() as connection:
             database_of(connection).limit_transaction(connection, self._lease_s)
             yield connection
 
     def _end_reading(self) -> None:
-        """Before anything is written, or called."""
+        """End the reading transaction, before a write or a call."""
         with forks.uninterrupted():
             reader, self._reader = self._reader, None
             if reader is not None:
@@ -256,7 +257,10 @@ class Delivery:
         return claimed
 
     def _projected(self, now: datetime) -> dict[str, Projected]:
-        """The projections of our classes, and by the database's clock, which says *now*, since when."""
+        """The projections of our classes, with the time since when they are tracked, by the database's clock.
+
+        *now* is the present time of that clock.
+        """
         clock = time.monotonic()
         return {
             entity: Projected(tracked.projection, now - timedelta(seconds=clock - tracked.since), tracked.withdrawn)
@@ -280,11 +284,11 @@ class Delivery:
         with self._writing() as connection:
             if request.leave:
                 claims.leave(connection, self._index_key, self._owner)  # before the slots: a claim locks in this order
-            held_slots = claims.still_held(connection, self._index_key, self._owner, request.epochs)
-            positions = {slot: position for slot, position in request.positions.items() if slot in held_slots}
+            own_slots = claims.still_held(connection, self._index_key, self._owner, request.epochs)
+            positions = {slot: position for slot, position in request.positions.items() if slot in own_slots}
             claims.save_positions(connection, self._index_key, positions)
             ledger.redirty(connection, self._index_key, request.unsure)
-            claims.free_slots(connection, self._index_key, held_slots.difference(request.unsettled))
+            claims.free_slots(connection, self._index_key, own_slots.difference(request.unsettled))
 
     # -- sources of dirty keys -----------------------------------------------------------------------------------------
 
@@ -326,7 +330,7 @@ class Delivery:
             for entity, keys in by_entity(request.facts).items():
                 columns = self._tracked[entity].columns_for(connection.dialect)
                 impossible_keys = set(keys) - columns.possible(connection, keys).keys()
-                error = DeliveryRejected(f"no row of {columns.table.fullname} can have this key; was its type changed?")
+                error = DeliveryRejected(f"No row of {columns.table.fullname} can have this key. Was its type changed?")
                 impossible.update(((entity, key), error) for key in impossible_keys)
                 for row in committed.project(connection, self._tracked[entity], keys, embedder):
                     if isinstance(row, Projection):
@@ -340,20 +344,20 @@ class Delivery:
     @_do.register
     def _do_embed(self, request: Embed) -> Embedded:
         texts, vectors = request.texts, self._vectors
-        known: dict[str, Vector] = {}
+        stored: dict[str, Vector] = {}
         if vectors.stored:
             with self._reading() as connection:
-                known = cache.read(connection, texts, vectors.embedder.dimension)
+                stored = cache.read(connection, texts, vectors.embedder.dimension)
             self._end_reading()
-        new = vectors.recent(digest for digest in texts if digest not in known)
-        missing = {digest: text for digest, text in texts.items() if digest not in known and digest not in new}
+        new = vectors.recent(digest for digest in texts if digest not in stored)
+        missing = {digest: text for digest, text in texts.items() if digest not in stored and digest not in new}
         new |= self._guarded(lambda: vectors.embed(missing))
         if vectors.stored:
             self._unstored |= new
-        return Embedded(known | new, len(missing))
+        return Embedded(stored | new, len(missing))
 
     def _store_vectors(self) -> None:
-        """Store new vectors before the index is called: a failure there must not cost a second embedding."""
+        """Store new vectors before the index is called, so that its failure does not cost a second embedding."""
         if not self._unstored:
             return
         with self._writing() as connection:
@@ -364,7 +368,7 @@ class Delivery:
             self._evict()
 
     def _evict(self) -> None:
-        """Evict some of the vectors beyond the capacity. Rarely, as counting takes a while."""
+        """Evict some of the vectors beyond the capacity. This is done rarely, because counting takes long."""
         capacity = self._vectors.stored
         with self._reading() as connection:
             excess = cache.count(connection) - capacity
@@ -381,15 +385,18 @@ class Delivery:
         return {facts[stored.id]: stored for stored in self._guarded(lambda: self._index.get(list(facts)))}
 
     def _mark_page(self) -> None:
-        """Begin a page before the index is written to: changes that a restore takes back must not look delivered."""
+        """Write a mark to the database and the index before the page is written.
+
+        If the database is restored to an earlier state, the marks differ. So undelivered changes do not look delivered.
+        """
         index, bookmark = self._index, self._bookmark
         if not keeps_mark(index) or (bookmark.is_begun and bookmark.index_has_mark):
             return
-        if not bookmark.is_begun:  # else the index did not get its mark: further pages would leave it behind
+        if not bookmark.is_begun:  # otherwise the index did not get the last mark: write that one first
             with self._writing() as connection:
                 past = marks.begin_page(connection, self._index_key)
             if not bookmark.sees(past):
-                raise DeliveryRetryable(f"index {self.name!r}: the database was restored meanwhile")
+                raise DeliveryRetryable(f"Cannot write to index {self.name!r}: the database has been restored.")
             bookmark.begun(time.monotonic() + self._page_s)
         self._guarded(lambda: index.write_mark(str(bookmark.mark)))
         bookmark.index_has_mark = True
@@ -405,7 +412,7 @@ class Delivery:
             return
         call = call_beside(upsert, f"memstate-write-{self.name}")
         try:
-            with suppress(Exception):  # the page that is read now has its own turn, and fails then if it still does
+            with suppress(Exception):  # the next page is read again in its own turn, and an error is raised then
                 self._run(request.meanwhile(lambda: not call.done()))
                 self._store_vectors()
         finally:
@@ -414,7 +421,7 @@ class Delivery:
 
     @property
     def _in_process(self) -> bool:
-        """Whether the index lives in this process. It needs the interpreter, and is not called beside other work."""
+        """Whether the index runs in this process. Then it needs the interpreter, and a second thread gains nothing."""
         return getattr(self._index, "in_process", False)
 
     @_do.register
@@ -441,12 +448,12 @@ class Delivery:
 
     @_do.register
     def _do_redirty(self, request: Redirty) -> None:
-        logger.warning("%s: the lease was lost; %d keys are delivered again", self.name, len(request.facts))
+        logger.warning("%s: The lease was lost. %d keys are delivered again.", self.name, len(request.facts))
         with self._writing() as connection:
             ledger.redirty(connection, self._index_key, request.facts)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _guarded(self, call: Callable[[], T]) -> T:
-        """Call the index or the embedder. Its errors become ours."""
+        """Call the index or the embedder, and turn its exceptions into ours."""
         return guarded(call, f"index {self.name!r}")

@@ -1,4 +1,4 @@
-"""The key of every table of relay state."""
+"""`IndexKey`: the key of all tables that hold the state of relays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memstate_sa.db.statements import upsert_select
 
 
 class IndexKey(NamedTuple):
-    """One lifetime of one index. Every table of relay state is keyed by it."""
+    """One incarnation of an index. It is part of the key of all tables that hold the state of relays."""
 
     name: str
     incarnation: str
@@ -28,9 +28,10 @@ class IndexKey(NamedTuple):
 
 
 def insert_rows(database: Database, table: Table, names: Sequence[str], *common: BindParameter[Any]) -> Any:
-    """An INSERT of the parameter ``rows`` (`json_params.unnest_rows`), whose columns are *names*, with `of_index`'s.
+    """An INSERT of the parameter ``rows`` (`json_params.unnest_rows`) with the columns *names*.
 
-    *common*: parameters that are the same in all rows, named as their columns. An ON CONFLICT may follow.
+    It also needs the parameters of `of_index`. *common*: parameters that are the same in all rows, named like their
+    columns. An ON CONFLICT clause may follow.
     """
     rows, key = unnest_rows("rows"), ("index", "incarnation")
     values: dict[str, Any] = {name: bindparam(f"the_{name}", type_=table.c[name].type) for name in key}

@@ -1,4 +1,4 @@
-"""`IndexWorker`: steps of the delivery to one index, one at a time, in the caller's thread or in one of its own."""
+"""`IndexWorker`: runs the delivery to one index, in the caller's thread or in a background thread."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LONGEST_PAUSE_S = 0.1
 
 
 class IndexWorker:
-    """The delivery to one index, called by one thread at a time, with a thread of its own in the background."""
+    """The delivery to one index. It lets in one thread at a time, and has its own thread in the background."""
 
     def __init__(self, engine: Engine, delivery: Delivery, breaker: Breaker, poll_s: tuple[float, float]) -> None:
         self.delivery = delivery
@@ -36,7 +36,7 @@ class IndexWorker:
         forks.in_child(self, IndexWorker._begin)
 
     def _begin(self) -> None:
-        """Begin without a thread. In a forked child, too: another thread of the parent may have had the lock."""
+        """Begin without a thread. A forked child begins again: another thread of the parent may have had the lock."""
         self.woken = threading.Event()
         self._lock = threading.RLock()
         self._thread: _WorkerThread | None = None
@@ -45,7 +45,7 @@ class IndexWorker:
     def open(self) -> None:
         try:
             self.delivery.open()
-        except DeliveryRetryable as error:  # it may come up later
+        except DeliveryRetryable as error:  # the index may become available later
             logger.warning("%s: %s", self.delivery.name, error)
 
     def step(self, *, save: bool = False) -> int | None:
@@ -58,7 +58,7 @@ class IndexWorker:
                     self.delivery.save()
             except Exception as error:
                 if counters.converged > converged_before:
-                    self.breaker.succeeded()  # it failed after some success: a new failure
+                    self.breaker.succeeded()  # something was delivered before: count this failure as the first
                 self._failed(error)
                 raise
             self.breaker.succeeded()
@@ -74,7 +74,7 @@ class IndexWorker:
             reason = f"the database: {reason}"
         logger.log(
             logging.WARNING if is_known else logging.ERROR,
-            "%s: delivery failed (%s), next attempt in %.1f s",
+            "%s: The delivery failed (%s). The next attempt is in %.1f s.",
             self.delivery.name,
             reason,
             wait,
@@ -99,17 +99,18 @@ class IndexWorker:
         self.woken.set()
 
     def stop(self, deadline: float) -> None:
-        self.ask_to_stop()  # again: start() may have come between
+        self.ask_to_stop()  # again, because start() may have been called in between
         thread, self._thread = self._thread or self._unjoined_thread, None
         if thread is not None:
             thread.join(deadline)
             if thread.call_at_end(self._release):
                 self._unjoined_thread = thread
                 logger.warning(
-                    "%s: the index or the embedder does not answer; its thread ends when it does", self.delivery.name
+                    "%s: The index or the embedder does not answer. The relay's thread ends when it does.",
+                    self.delivery.name,
                 )
                 return
-        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):  # else a run_once() is under way
+        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):  # otherwise a run_once() is running
             try:
                 self._release()
             finally:
@@ -121,13 +122,13 @@ class IndexWorker:
 
     def _release(self) -> None:
         with self._lock:
-            if self._thread is not None:  # it was started again, and goes on with the same lease
+            if self._thread is not None:  # the relay was started again, and keeps the same lease
                 return
             self.delivery.slot_worker.stopping = False
             try:
                 self.delivery.release()
-            except SQLAlchemyError as error:  # the database is away: the lease runs out by itself
-                logger.warning("%s: not released (%s)", self.delivery.name, type(error).__name__)
+            except SQLAlchemyError as error:  # the database is unavailable: the lease ends by itself
+                logger.warning("%s: Could not release the lease (%s).", self.delivery.name, type(error).__name__)
                 self.delivery.slot_worker.reset()
 
     def _run(self, clean_up: Callable[[], None], stopping: threading.Event) -> None:
@@ -137,7 +138,7 @@ class IndexWorker:
             while not stopping.is_set():
                 try:
                     wait = self._step_and_wait(clean_up, changes, wait, stopping)
-                except Exception as error:  # noqa: BLE001  # whatever it is, the next look may succeed; nothing is lost
+                except Exception as error:  # noqa: BLE001  # nothing is lost, and the next attempt may succeed
                     if error is not self.failure:
                         self._failed(error)
         finally:
@@ -146,7 +147,7 @@ class IndexWorker:
     def _step_and_wait(
         self, clean_up: Callable[[], None], changes: Changes, wait: float, stopping: threading.Event
     ) -> float:
-        """Run a step, and pause after it. Returns how long to wait after the next step that finds nothing."""
+        """Deliver a page from each source, then pause. Return the time to wait when there is nothing to do."""
         self.woken.clear()
         began = time.thread_time()
         breaker_wait = self.breaker.wait_s(time.monotonic())
@@ -161,21 +162,21 @@ class IndexWorker:
         if self.delivery.slot_worker.more:
             return self._poll_s[0]
         if self.woken.is_set():
-            # The application commits faster than this delivers, in the same process: leave it four times the time that
-            # was taken, and find more to do at once. An idle relay answers immediately.
+            # The application in this process commits faster than we deliver. Give it four times the time that the
+            # delivery took. The next page is then larger. An idle relay does not pause.
             stopping.wait(min(4 * (time.thread_time() - began), _LONGEST_PAUSE_S))
         return self._wait_for_work(changes, self._poll_s[0], stopping)
 
     def _keep(self) -> None:
-        """Keep the lease. A failure to renew it is no failure of the index, and must not keep the breaker open."""
+        """Renew the lease. A failure is not the index's fault, so it must not keep the breaker open."""
         try:
             with self._lock:
                 self.delivery.keep()
         except (MemstateError, SQLAlchemyError) as error:
-            logger.debug("%s: the lease was not renewed: %s", self.delivery.name, type(error).__name__)
+            logger.debug("%s: Could not renew the lease (%s).", self.delivery.name, type(error).__name__)
 
     def _wait_for_work(self, changes: Changes, wait: float, stopping: threading.Event) -> float:
-        """Wait until something was committed here or elsewhere, or another look is due. Returns the next wait."""
+        """Wait for a commit in any process, or until the database must be read anyway. Return the next wait."""
         shortest, longest = self._poll_s
         look_at = min(time.monotonic() + max(longest, 1.0), self.delivery.slot_worker.due_at)
         while not stopping.is_set():
@@ -189,7 +190,7 @@ class IndexWorker:
 
 
 class _WorkerThread:
-    """A thread that works until it is asked to stop, and the calls that it makes at its end."""
+    """A thread that works until it is asked to stop, and then makes some last calls."""
 
     def __init__(self, name: str, work: Callable[[threading.Event], None]) -> None:
         self.stopping = threading.Event()
@@ -215,7 +216,7 @@ class _WorkerThread:
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def call_at_end(self, call: Callable[[], None]) -> bool:
-        """Have this thread make *call* at its end. Returns False when it has ended."""
+        """Add *call* to the calls at the thread's end. Return False if the thread has ended already."""
         with self._ending:
             if self._calls_at_end is None:
                 return False

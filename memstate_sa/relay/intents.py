@@ -1,7 +1,7 @@
-"""Intents: durable notes of keys whose points a strict transaction may write before it commits.
+"""Intents: durable records of keys whose points a strict transaction may write before it commits.
 
-On PostgreSQL they are entries of the outbox, committed on another connection. SQLite has one writer, so there they are
-files beside the database until a relay turns them into entries.
+On PostgreSQL an intent is an entry of the outbox, committed on another connection. SQLite has only one writer, so there
+an intent is a file beside the database, until a relay turns it into outbox entries.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ _add_intents = {
 
 
 def add_intents(connection: Connection, tx: str, facts: Sequence[FactKey], **xid: str) -> None:
-    """Add an intent for each of *facts* to the outbox. On PostgreSQL *xid* is that of their transaction."""
+    """Add an intent for each of *facts* to the outbox. On PostgreSQL, *xid* is the xid of their transaction."""
     for rows in batches([(slot_of(*fact), *fact) for fact in facts], 8_000):
         parameters = {"tx": tx, "at": utcnow(), "intended": as_json(rows), **xid}
         connection.execute(_add_intents[database_of(connection)], parameters)
 
 
 class IntentJournal(Protocol):
-    """The durable intents of a SQLite database. Its one writer is the transaction that they announce."""
+    """The durable intents of a SQLite database. The transaction that they announce is its only writer."""
 
     @property
     def is_empty(self) -> bool: ...
@@ -73,16 +73,16 @@ class IntentJournal(Protocol):
     def replay(self, engine: Engine) -> None:
         """Turn the intents of ended transactions into entries of the outbox.
 
-        Raises OperationalError while a transaction writes.
+        Raises OperationalError while a transaction is writing.
         """
         ...
 
 
 class IntentFiles:
-    """Intents in a folder beside the database's file, one file a transaction.
+    """Intents in a folder beside the database's file, with one file per transaction.
 
-    A file is written under the database's write lock, which lasts until the transaction ends. So a process that has the
-    lock knows that all files are of ended transactions, of this process or of one that was killed.
+    A file is written under the database's write lock, which lasts until the transaction ends. So all files belong to
+    ended transactions when another process gets the lock, even if their process was killed.
     """
 
     def __init__(self, database: Path) -> None:
@@ -98,7 +98,7 @@ class IntentFiles:
             return True
 
     def write(self, tx: str, facts: Sequence[FactKey]) -> None:
-        """Append, and wait for the disk. An incomplete line announces no write."""
+        """Append a line, and wait for the disk. No index is written before the line is complete."""
         if not self.folder.exists():
             self.folder.mkdir(exist_ok=True)
             _sync_folder(self.folder.parent)
@@ -117,9 +117,9 @@ class IntentFiles:
 
     def facts(self) -> set[FactKey]:
         facts: set[FactKey] = set()
-        with suppress(FileNotFoundError):  # the folder
+        with suppress(FileNotFoundError):  # the folder may not exist
             for path in list(self.folder.iterdir()):
-                with suppress(FileNotFoundError):  # by now the transaction has ended
+                with suppress(FileNotFoundError):  # the transaction may have ended, and removed its file
                     facts.update(read_complete_lines(path))
         return facts
 
@@ -138,7 +138,7 @@ class IntentFiles:
 
 
 class IntentsInMemory:
-    """Intents of an in-memory database, which dies with the process."""
+    """Intents of an in-memory database, which is lost with the process anyway."""
 
     def __init__(self) -> None:
         self._intents: dict[str, list[FactKey]] = {}
@@ -168,7 +168,7 @@ class IntentsInMemory:
 
 
 def read_complete_lines(path: Path) -> list[FactKey]:
-    """The keys in a file of intents, without an incomplete line: no index was written to after it."""
+    """The keys in a file of intents. An incomplete line is left out, because no index was written after it."""
     facts: list[FactKey] = []
     for line in path.read_bytes().split(b"\n"):
         with suppress(ValueError):
@@ -191,7 +191,10 @@ def open_journal(connection: Connection) -> IntentJournal:
 
 
 def _database_file(connection: Connection) -> Path | None:
-    """The file of a SQLite database, None when it is in memory. The driver is asked: SQLAlchemy would begin."""
+    """The file of a SQLite database, or None if it is in memory.
+
+    The driver's own cursor is used, because SQLAlchemy would begin a transaction.
+    """
     reader = connection.connection.cursor()
     reader.execute("PRAGMA database_list")
     path = next((Path(file) for _, name, file in reader.fetchall() if name == "main" and file), None)

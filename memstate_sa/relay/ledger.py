@@ -1,4 +1,4 @@
-"""The last delivery of each key to each index, and parked keys. Only the owner of a slot records its keys."""
+"""The ledger (the last delivery of each key to each index) and parked keys. Only the owner of a slot records keys."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from memstate_sa.relay.index_key import IndexKey, insert_rows, of_index
 from memstate_sa.relay.plan import Delivered, Parked, ParkedRow, ParkedState, merge
 from memstate_sa.relay.requests import Acknowledge, ParkedKey
 
-# Statements are built once: building one takes longer than running it, and the relay shares the interpreter with the
-# application.
+# Statements are built once. Building one takes longer than running it, and blocks the application's threads.
 _keys, _versions = unnest_strings("keys"), unnest_strings("versions")
 _entity: BindParameter[str] = bindparam("entity")
-# IN, not a join: SQLite would read the whole ledger for each key.
+# IN and not a join, because SQLite would read the whole ledger for each key.
 _delivered = select(ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted).where(
     of_index(ledger), ledger.c.entity == _entity, ledger.c.key.in_(select(_keys.c.value))
 )
@@ -41,10 +40,10 @@ _unpark = delete(parked).where(
 
 @cache
 def _parked(database: Database) -> Any:
-    """The parked rows of keys, without those that are to be delivered again later."""
-    counts = or_(parked.c.state != ParkedState.AGAIN, parked.c.next_at <= database.clock())
-    mine = and_(of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value)))
-    return select(parked.c.key, parked.c.attempts, parked.c.mark, parked.c.repeat).where(mine, counts)
+    """Select the parked rows of keys, except keys that must only be delivered again at a later time."""
+    is_relevant = or_(parked.c.state != ParkedState.AGAIN, parked.c.next_at <= database.clock())
+    of_keys = and_(of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value)))
+    return select(parked.c.key, parked.c.attempts, parked.c.mark, parked.c.repeat).where(of_keys, is_relevant)
 
 
 def _of_facts(connection: Connection, statement: Any, index: IndexKey, facts: Collection[FactKey]) -> Any:
@@ -71,53 +70,53 @@ def _due(database: Database) -> Any:
 
 
 def due(connection: Connection, index: IndexKey, entities: str, slots: Iterable[int], limit: int) -> Sequence[FactKey]:
-    """Parked keys of *slots* and *entities* (an array parameter) whose time has come, longest due first."""
+    """The parked keys of *slots* and *entities* (an array parameter) that are due, the longest due first."""
     parameters = {"entities": entities, "slots": slot_array(slots), "now": utcnow(), "limit": limit}
     rows = connection.execute(_due(database_of(connection)), {**index.parameters(), **parameters}).all()
     return [(entity, key) for entity, key in rows]
 
 
 def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Acknowledge) -> frozenset[int]:
-    """Record a page as far as *owner* still holds the slots. Returns the lost slots."""
-    held_slots = claims.still_held(connection, index, owner, record.epochs)
+    """Record a page for the slots that *owner* still has. Return the lost slots."""
+    own_slots = claims.still_held(connection, index, owner, record.epochs)
     slot_count = len(slots(database_of(connection)))
 
-    def is_held(fact: FactKey) -> bool:
-        return slot_of(*fact) % slot_count in held_slots
+    def is_ours(fact: FactKey) -> bool:
+        return slot_of(*fact) % slot_count in own_slots
 
     statement = _record(database_of(connection))
     common = {**index.parameters(), "at": utcnow()}
     written = [
         (*fact, record.epochs[slot], *delivered)
         for fact, delivered in record.written.items()
-        if (slot := slot_of(*fact) % slot_count) in held_slots
+        if (slot := slot_of(*fact) % slot_count) in own_slots
     ]
     for rows in batches(written, _ROWS):
         connection.execute(statement, {**common, "rows": as_json(rows)})
-    _resolve(connection, index, {fact: version for fact, version in record.resolved.items() if is_held(fact)})
-    park_all(connection, index, {fact: parking for fact, parking in record.parking.items() if is_held(fact)})
+    _resolve(connection, index, {fact: version for fact, version in record.resolved.items() if is_ours(fact)})
+    park_all(connection, index, {fact: parking for fact, parking in record.parking.items() if is_ours(fact)})
     if record.foreign:
-        # Keys of another Memory that shares this index wait for its relay, deleted ones too.
-        known = refills.read_entities(connection, index)
+        # Keys of another Memory that shares this index, deleted keys too: they wait for the relay of that Memory.
+        index_entities = refills.read_entities(connection, index)
         waiting = Parked(0, 0.0, ParkedState.AGAIN, "passed by")
-        park_all(connection, index, {fact: waiting for fact in record.foreign if fact[0] in known})
+        park_all(connection, index, {fact: waiting for fact in record.foreign if fact[0] in index_entities})
     claims.save_positions(
-        connection, index, {slot: position for slot, position in record.positions.items() if slot in held_slots}
+        connection, index, {slot: position for slot, position in record.positions.items() if slot in own_slots}
     )
     if record.refill is not None:
-        refills.save_refill(connection, index, record.refill, held_slots)
-    return frozenset(record.epochs.keys() - held_slots)
+        refills.save_refill(connection, index, record.refill, own_slots)
+    return frozenset(record.epochs.keys() - own_slots)
 
 
 _ROWS = 10_000
-"""Rows of the ledger in one statement. They take a few MB at most."""
+"""The number of ledger rows in one statement. They take a few MB at most."""
 
 _RECORDED = ("entity", "key", "epoch", "fingerprint", "text_fingerprint", "deleted")
 
 
 @cache
 def _record(database: Database) -> Any:
-    """Record deliveries, unless a later owner has delivered since."""
+    """Record deliveries, except of keys that a later owner has delivered since."""
     statement = insert_rows(database, ledger, _RECORDED, bindparam("at", type_=ledger.c.at.type))
     return statement.on_conflict_do_update(
         index_elements=list(ledger.primary_key.columns),
@@ -134,7 +133,7 @@ def _resolve(connection: Connection, index: IndexKey, resolved: Mapping[FactKey,
 
 
 def redirty(connection: Connection, index: IndexKey, facts: Mapping[FactKey, Parked]) -> None:
-    """Have *facts* delivered again, whatever the ledger says."""
+    """Mark *facts* for another delivery, even if the ledger has their present fingerprint."""
     take_write_lock(connection)
     park_all(connection, index, facts)
 
@@ -150,7 +149,7 @@ _locked = (
 
 @cache
 def _park(database: Database) -> tuple[Any, Any]:
-    """Two statements: for keys whose rows are locked, and for keys without a row. The second returns its keys."""
+    """The statements for keys whose rows are locked, and for keys without a row. The second one returns its keys."""
     statement = database.upsert(parked)
     new_values = {name: statement.excluded[name] for name in _columns}
     replacing = statement.on_conflict_do_update(index_elements=list(parked.primary_key.columns), set_=new_values)
@@ -158,23 +157,26 @@ def _park(database: Database) -> tuple[Any, Any]:
 
 
 def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
-    """Set keys aside, each as `merge` says. Others may park the same keys at the same time."""
+    """Park keys, and merge them with the rows of keys that are parked already (`merge`).
+
+    Other relays may park the same keys at the same time.
+    """
     replace, insert = _park(database_of(connection))
     version = uuid4().hex
-    facts: Collection[FactKey] = sorted(parking)  # in this order: two may lock the same keys
+    facts: Collection[FactKey] = sorted(parking)  # sorted, because two relays may lock the same keys
     while facts:
-        known = {fact: ParkedRow(*row) for fact, row in _of_facts(connection, _locked, index, facts)}
+        old_rows = {fact: ParkedRow(*row) for fact, row in _of_facts(connection, _locked, index, facts)}
         now = database_now(connection)
-        merged = {fact: merge(known.get(fact), parking[fact], now, version) for fact in facts}
+        merged = {fact: merge(old_rows.get(fact), parking[fact], now, version) for fact in facts}
         values = {fact: _values(index, fact, row) for fact, row in merged.items() if row is not None}
-        if replaced := [row for fact, row in values.items() if fact in known]:
+        if replaced := [row for fact, row in values.items() if fact in old_rows]:
             connection.execute(replace, replaced)
-        new = {fact: row for fact, row in values.items() if fact not in known}
+        new = {fact: row for fact, row in values.items() if fact not in old_rows}
         inserted = connection.execute(insert, list(new.values())).all() if new else ()
-        facts = sorted(new.keys() - {(entity, key) for entity, key in inserted})  # others have just parked these
+        facts = sorted(new.keys() - {(entity, key) for entity, key in inserted})  # another relay has just parked these
 
 
 def _values(index: IndexKey, fact: FactKey, row: ParkedRow) -> dict[str, Any]:
     entity, key = fact
-    named = dict(zip(_columns, row, strict=True))
-    return {**index.values(), "entity": entity, "key": key, "slot": slot_of(entity, key), **named}
+    columns = dict(zip(_columns, row, strict=True))
+    return {**index.values(), "entity": entity, "key": key, "slot": slot_of(entity, key), **columns}

@@ -1,4 +1,4 @@
-"""`Relay`: the loop around the deliveries of every index, in the caller's thread or in one of each index's own."""
+"""`Relay`: delivers to all indexes in a loop, in the caller's thread or in one background thread per index."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError
 from memstate_sa.log.outbox import read_present
 from memstate_sa.log.positions import Position
 from memstate_sa.relay import backlog, deadletters, projections, retention
+from memstate_sa.relay.clean_up import CleanUpThread
 from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.delivery import Delivery
 from memstate_sa.relay.index_key import IndexKey
@@ -38,7 +39,7 @@ logger = printable_logger("memstate_sa.relay")
 T = TypeVar("T")
 
 STOP_TIMEOUT_S = 5.0
-"""The wait of a stopping relay for a call under way. Docker, for example, kills a process after ten seconds."""
+"""The time that a stopping relay waits for a running call. Docker, for example, kills a process after ten seconds."""
 
 _CLEAN_UP_EVERY_S = 60.0
 
@@ -46,8 +47,9 @@ _CLEAN_UP_EVERY_S = 60.0
 class Relay:
     """Converges the indexes of a Memory to the committed rows of one database.
 
-    Any number may run, in any number of processes: on PostgreSQL they share the keys of each index between them; on
-    SQLite one of them delivers, the others stand by. Thread-safe. As a context manager it runs in the background.
+    Any number of relays may run, in any number of processes. On PostgreSQL they share the keys of each index. On SQLite
+    one of them delivers, and the others stand by. A relay is thread-safe. As a context manager it runs in the
+    background.
     """
 
     def __init__(
@@ -63,18 +65,21 @@ class Relay:
         sweep: Callable[[], int] | None = None,
         notifier: Notifier | None = None,
     ) -> None:
-        """See the options below; all times are in seconds.
+        """All times are in seconds.
 
-        *page_size*: keys converged at a time. *lease_s*: how long others wait for an owner that died elsewhere; a
-        single call of index or embedder should take no longer.
-        *poll_s*: the shortest and the longest wait between two looks at an idle database (default: 2 to 50 ms on
-        SQLite, where a look is a PRAGMA; 50 ms to 5 s on PostgreSQL); a commit in this process is seen at once.
-        *policy*: when to try again, and how often. *retention*: how long log and ledger are kept (default: for ever).
-        *sweep* deletes what has expired, now and then, and says how much that was.
-        *notifier* tells other processes of this one's commits; what it sends is no news here.
+        - *page_size*: the number of keys that are delivered together.
+        - *lease_s*: the time after which other relays take over from a process that died on another machine. A single
+          call of an index or embedder should not take longer.
+        - *poll_s*: the shortest and the longest wait before an idle relay reads the database again. The default is 2 to
+          50 ms on SQLite, which only needs a PRAGMA, and 50 ms to 5 s on PostgreSQL. A commit in this process is seen
+          at once.
+        - *policy*: when failed deliveries are tried again, and how often.
+        - *retention*: how long log and ledger are kept (default: for ever).
+        - *sweep* is called from time to time. It deletes expired facts, and returns their number.
+        - *notifier* tells other processes about commits of this process. This relay ignores its messages.
         """
         if not database_of(engine).has_one_writer:
-            # Each statement has to see what is committed; and locks have to last until the end of a transaction.
+            # READ COMMITTED: each statement sees all commits, and locks last until the transaction ends.
             engine = engine.execution_options(isolation_level="READ COMMITTED")
         self._engine = engine
         self._destinations = destinations
@@ -95,6 +100,7 @@ class Relay:
         self._clean_up_at = time.monotonic()
         self._folded_up_to = 0
         self._listener: Listener | None = None
+        self._cleaner: CleanUpThread | None = None
         self._make_locks()
         forks.in_child(self, Relay._forked)
 
@@ -103,8 +109,9 @@ class Relay:
         self._clean_up_lock = threading.Lock()
 
     def _forked(self) -> None:
-        """Begin without threads: they are the parent's."""
+        """Start without threads after a fork: they run only in the parent process."""
         self._make_locks()
+        self._cleaner = None
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.left_to_parent()
@@ -112,9 +119,9 @@ class Relay:
     # -- in the caller's thread --------------------------------------------------------------------------------------
 
     def run_once(self) -> int:
-        """Deliver up to a page from each source (parked, new, refill) to each index; returns the keys converged.
+        """Deliver up to one page from each source (parked, new, refill) to each index. Return the number of keys.
 
-        Raises DeliveryRetryable when an index or the embedder is unavailable: nothing is lost, call again later.
+        Raises DeliveryRetryable when an index or the embedder is unavailable. Nothing is lost: call again later.
         """
         succeeded = False
         try:
@@ -128,11 +135,11 @@ class Relay:
         return count
 
     def drain(self, timeout: float = 30.0, *, progress: Callable[[int], None] | None = None) -> int:
-        """Deliver until every index holds what is committed now, waiting out failures; returns the keys converged.
+        """Deliver until every index holds all rows that are committed now. Return the number of keys.
 
-        Parked keys (refused by an index) are not waited for. *progress* is called after every page, and every wait,
-        with the keys converged so far. Raises DeliveryError after *timeout* seconds, with the last failure as its
-        cause.
+        It waits and tries again when a delivery fails, but it does not wait for parked keys, which an index refused.
+        *progress* is called after every page and every wait, with the number of keys so far. Raises DeliveryError after
+        *timeout* seconds, with the last failure as its cause.
         """
         try:
             return self._drain(time.monotonic() + timeout, timeout, progress)
@@ -140,8 +147,8 @@ class Relay:
             self._stop_unless_running()
 
     def _stop_unless_running(self) -> None:
-        """Release the lease unless threads go on, so that the next relay need not wait until it runs out."""
-        with self._lock:  # start() comes before this look, or after what follows from it
+        """Release the lease if no threads run, so that the next relay need not wait until it ends."""
+        with self._lock:  # so that start() cannot come between the check and the stop
             if not self._running:
                 self.stop()
 
@@ -162,11 +169,14 @@ class Relay:
                 wait = min(worker.breaker.wait_s(time.monotonic()) for worker in self._workers if worker.failure)
             if time.monotonic() + wait > deadline:
                 reason = failure or self._why_behind(present)
-                raise DeliveryError(f"not drained within {timeout:g} s: {reason}") from failure
+                raise DeliveryError(f"The relay has not drained within {timeout:g} s: {reason}") from failure
             time.sleep(wait)
 
     def _step(self) -> tuple[int, DeliveryRetryable | None]:
-        """One page of each source for each index: the keys converged, and the first failure. One stops no other."""
+        """Deliver one page of each source to each index. Return the number of keys, and the first failure.
+
+        The failure of one index does not stop the others.
+        """
         total, failure = 0, None
         require_no_transaction(self._engine)
         for worker in self._workers:
@@ -178,9 +188,9 @@ class Relay:
         return total, failure
 
     def _clean_up(self) -> None:
-        """Delete what is no longer needed, now and then, and at once while there is more.
+        """Delete data that is no longer needed: once a minute, or again at once while there is more to delete.
 
-        It takes little time, and waits for no other call: this is the thread of the delivery.
+        Each call is short, and does not wait for a call in another thread, because it runs in the delivery's thread.
         """
         if time.monotonic() < self._clean_up_at or not self._clean_up_lock.acquire(blocking=False):
             return
@@ -190,8 +200,8 @@ class Relay:
                 count = self._clean_up_once()
             if count:
                 self._clean_up_at = 0.0
-        except Exception as error:  # noqa: BLE001  # a sweep runs the application's code; delivery goes on
-            logger.warning("nothing was forgotten (%s)", type(error).__name__)
+        except Exception as error:  # noqa: BLE001  # a sweep runs the application's code, which must not stop delivery
+            logger.warning("The clean-up failed and will be tried again (%s).", type(error).__name__)
         finally:
             self._clean_up_lock.release()
 
@@ -199,7 +209,7 @@ class Relay:
         keep, jobs = self._retention, list[Callable[[Connection], int]]()
         if keep.index is not None:
             jobs.append(partial(retention.forget_idle_indexes, keep=keep.index))
-        jobs.append(retention.forget_delivered)
+        jobs.append(retention.forget_delivered if self._workers else retention.forget_unneeded)
         if keep.ledger is not None:
             jobs.append(partial(retention.forget_ledger, keep=keep.ledger))
         if keep.log is not None:
@@ -220,7 +230,7 @@ class Relay:
         return {worker.delivery.name: worker.delivery.slot_worker.counters for worker in self._workers}
 
     def problems(self) -> dict[str, str]:
-        """Indexes whose last delivery failed, with why."""
+        """The indexes whose last delivery failed, with the reason."""
         return {
             worker.delivery.name: describe(worker.failure) for worker in self._workers if worker.failure is not None
         }
@@ -228,13 +238,14 @@ class Relay:
     # -- operation ---------------------------------------------------------------------------------------------------
 
     def pause(self, *indexes: str) -> None:
-        """Have every relay, in every process, leave *indexes* (default: all) alone until `resume`.
+        """Stop the delivery to *indexes* (default: all) in every relay of every process, until `resume`.
 
-        Commits go on, and search finds what is undelivered, as far as its bounds go.
+        Commits go on. A search still finds undelivered rows, within its limits.
         """
         self._run_for(indexes, partial(deadletters.set_paused, paused=True))
 
     def resume(self, *indexes: str) -> None:
+        """End a `pause` of *indexes* (default: all)."""
         self._run_for(indexes, partial(deadletters.set_paused, paused=False))
         self.wake()
 
@@ -244,23 +255,23 @@ class Relay:
         return list(chain.from_iterable(letters))
 
     def retry_dead(self, *indexes: str, keys: Collection[str] | None = None) -> int:
-        """Try dead keys again, those in *keys* or all; returns how many.
+        """Try the dead keys in *keys* (default: all) again. Return their number.
 
-        A key is given as in `DeadLetter.key`, or with its entity before it, as logs name it: ``preference[7]``.
+        A key is written as in `DeadLetter.key`, or with its entity before it, as in log lines: ``preference[7]``.
         """
         count = sum(self._run_for(indexes, partial(deadletters.retry_dead, keys=keys)))
         self.wake()
         return count
 
     def drop_dead(self, *indexes: str, keys: Collection[str] | None = None) -> int:
-        """Forget dead keys, those in *keys* or all; returns how many. They are tried again when their rows change."""
+        """Drop the dead keys in *keys* (default: all). Return their number. A change of a row delivers it again."""
         return sum(self._run_for(indexes, partial(deadletters.drop_dead, keys=keys)))
 
     def _run_for(self, names: Collection[str], work: Callable[[Connection, IndexKey], T]) -> list[T]:
-        """The results of *work* for each index of these *names* (default: all), in a transaction of its own."""
+        """Run *work* for each index in *names* (default: all), in one transaction per index. Return the results."""
         unknown = [name for name in names if name not in self._destinations]
         if unknown:
-            raise MemstateError(f"no index {unknown[0]!r}; there are: {', '.join(self._destinations)}")
+            raise MemstateError(f"Unknown index {unknown[0]!r}. This relay has: {', '.join(self._destinations)}.")
         require_no_transaction(self._engine)
         results = []
         for worker in self._workers:
@@ -290,40 +301,44 @@ class Relay:
             key, classes = IndexKey(name, destination.index.incarnation), read_classes()
             with self._engine.connect() as connection:
                 index_backlog = backlog.backlog(connection, key, _delivered_entities(classes))
-                own = {entity: tracked.projection for entity, tracked in classes.items()}
-                foreign = projections.differing(connection, key, own)
+                own_projections = {entity: tracked.projection for entity, tracked in classes.items()}
+                foreign = projections.differing(connection, key, own_projections)
             reason = "it is paused" if index_backlog.paused else "is another relay holding its lease?"
             if foreign:
-                reason = f"a relay of another release delivers {', '.join(sorted(foreign))} otherwise"
-            reasons.append(f"{index_backlog.pending} keys pending for {name!r} ({reason})")
+                reason = f"a relay of another release delivers {', '.join(sorted(foreign))} in another projection"
+            reasons.append(f"{index_backlog.pending} keys are pending for {name!r} ({reason})")
         return ", ".join(reasons)
 
     # -- in the background -------------------------------------------------------------------------------------------
 
     def start(self) -> Self:
-        """Run in daemon threads, one for each index. Raises MemstateError on an in-memory SQLite, and IndexMismatch.
+        """Run in daemon threads, one for each index.
 
-        An in-memory database has one connection: a background transaction would end the application's.
+        Raises IndexMismatch, and MemstateError on an in-memory SQLite database. Such a database has one connection: a
+        transaction in the background would end the application's.
         """
         if is_in_memory(self._engine):
             raise MemstateError(
-                "a background relay needs a connection of its own, which an in-memory SQLite does not have: call "
-                "drain() after commits, or use a file"
+                "Cannot start the relay in the background: it needs its own connection, and an in-memory SQLite "
+                "database has only one. Call drain() after commits, or use a database file."
             )
         with self._lock:
             if not self._running:
                 for worker in self._workers:
                     worker.open()
+                if not self._workers:
+                    self._cleaner = CleanUpThread(self._clean_up)
+                    return self
                 self._listener = Listener(self._engine, self.wake, self._notifier)
                 for worker in self._workers:
                     worker.start(self._clean_up)
         return self
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> None:
-        """Finish the batch in work, and let other relays take over at once.
+        """Finish the current batch, and let other relays take over at once.
 
-        Waits *timeout* seconds at most. A call of an index or embedder that takes longer is left to a daemon thread,
-        which finishes its batch and lets go of the lease. Nothing is lost if the process ends before.
+        It waits at most *timeout* seconds. If a call of an index or embedder takes longer, a daemon thread finishes the
+        batch and releases the lease. Nothing is lost if the process ends before that.
         """
         deadline = time.monotonic() + timeout
         for worker in self._workers:
@@ -332,12 +347,15 @@ class Relay:
             if self._listener is not None:
                 self._listener.close(timeout)
                 self._listener = None
-            with ExitStack() as stack:  # all of them, whatever one raises
+            if self._cleaner is not None:
+                self._cleaner.stop(deadline)
+                self._cleaner = None
+            with ExitStack() as stack:  # stops all workers, even if one raises
                 for worker in self._workers:
                     stack.callback(worker.stop, deadline)
 
     def after_stop(self, index: str, call: Callable[[], None]) -> None:
-        """Make *call* when nothing of this relay uses *index* any more: now, or in the thread that `stop` has left."""
+        """Make *call* when this relay no longer uses *index*: now, or in the thread that `stop` has left running."""
         for worker in self._workers:
             if worker.delivery.name == index:
                 worker.after_stop(call)
@@ -345,13 +363,13 @@ class Relay:
         call()
 
     def wake(self) -> None:
-        """Look now: something was committed."""
+        """Read the database now, because something was committed."""
         for worker in self._workers:
             worker.woken.set()
 
     @property
     def _running(self) -> bool:
-        return any(worker.is_running for worker in self._workers)
+        return self._cleaner is not None or any(worker.is_running for worker in self._workers)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -363,5 +381,5 @@ class Relay:
 
 
 def _delivered_entities(classes: Mapping[str, Tracked]) -> list[str]:
-    """The entities of *classes* that an index is to hold."""
+    """The entities of *classes* that an index must hold."""
     return [entity for entity, tracked in classes.items() if not tracked.withdrawn]

@@ -1,8 +1,9 @@
-"""Marks: they tell whether an index or its database was restored from a backup, and so one is ahead of the other.
+"""Marks: they tell whether an index or its database was restored from a backup.
 
-A restore takes back every table of ours. So each index keeps a mark beside its points, and a row of the database says
-which mark that has to be. Before relays write to the index they begin a page: the row gets a new random mark, then the
-index does. An index with a mark that the row does not know was filled from another past of this database.
+A restore of the database takes back all our tables. So each index keeps a mark beside its points, and a row of the
+database has the same mark. Before relays write to the index, they begin a page: the row gets a new random mark, then
+the index gets it. If the row does not know the mark of an index, the index was filled from another past of the
+database.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from memstate_sa.log.outbox import slots
 from memstate_sa.relay.index_key import IndexKey, of_index
 
 NONE = ""
-"""The answer of `kept_by` for an index that could keep a mark, and has none."""
+"""The result of `kept_by` for an index that can keep a mark, but has none."""
 
 
 class Mark(NamedTuple):
-    """A page, by its number and a random name."""
+    """The number of a page, and its random name."""
 
     page: int
     name: str
@@ -37,7 +38,7 @@ class Mark(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Mark:
-        """The mark that an index keeps. A foreign text becomes a page that no database knows."""
+        """The mark in an index's text. A foreign text becomes a page that no database knows."""
         page, _, name = text.partition(".")
         return cls(int(page), name) if page.isdecimal() else cls(0, text)
 
@@ -48,9 +49,9 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """The past of an index in the database: the number of its page, and the names of that page and those before it.
+    """The past of an index in the database: the number of its page, and the names of this and the earlier pages.
 
-    ``refused`` is the mark of another past that the index had when it was last compared in full.
+    ``refused`` is the foreign mark that the index had when it was last compared in full.
     """
 
     page: int
@@ -68,10 +69,11 @@ class Past:
     def fits(self, kept: str | None, *, alone: bool) -> bool:
         """Whether an index that keeps the mark *kept* was filled from this past.
 
-        Such an index is never ahead. It may be some pages behind: a relay may have ended after it wrote the row, and
-        before it wrote to the index. Only a relay that is *alone* can tell how far: others go on while it looks.
+        Such an index is never ahead. It may be some pages behind, because a relay may have ended after it wrote the
+        row, and before it wrote to the index. Only a relay that is *alone* can tell the distance: other relays would
+        begin pages at the same time.
         """
-        if kept is None or kept == self.refused:  # it keeps no marks; or it is being compared already
+        if kept is None or kept == self.refused:  # the index keeps no marks, or it is being compared already
             return True
         if kept == NONE:
             return not alone or self.page < len(self.names)
@@ -79,11 +81,11 @@ class Past:
         return self.knows(mark) if alone else not self.is_before(mark)
 
     def is_before(self, mark: Mark) -> bool:
-        """Whether the database was at *mark* once, and is not any more, as it was restored."""
+        """Whether the database was restored to a state before *mark*."""
         return mark.page > self.page or (self.page - mark.page < len(self.names) and not self.knows(mark))
 
     def next(self, most: int) -> Past:
-        """The past with another page, and with *most* names at most."""
+        """The past after the next page begins, with at most *most* names."""
         return Past(self.page + 1, (Mark.new(0).name, *self.names[: most - 1]))
 
     def values(self) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def beginning() -> Past:
 
 
 def kept_by(index: VectorIndex) -> str | None:
-    """The mark that *index* keeps, `NONE` when there is none; None of an index that keeps no marks."""
+    """The mark that *index* keeps: `NONE` if it has no mark yet, and None if it cannot keep marks."""
     return (index.read_mark() or NONE) if keeps_mark(index) else None
 
 
@@ -105,7 +107,7 @@ columns: tuple[Any, ...] = (past.c.page, past.c.names, past.c.refused)
 
 
 def as_past(row: Sequence[Any]) -> Past | None:
-    """The past in a row of `columns`; None without one."""
+    """The past in a row of `columns`; None if there is no row."""
     page, names, refused = row
     return None if page is None else Past(page, tuple(names.split(" ")), refused)
 
@@ -124,12 +126,12 @@ def _save(connection: Connection, index: IndexKey, new: Past) -> None:
 
 
 def begin_page(connection: Connection, index: IndexKey) -> Past | None:
-    """Begin the next page; None when *index* is unknown."""
-    known = _locked(connection, index)
-    if known is None:
+    """Begin the next page, and return the new past; None if *index* is unknown."""
+    old = _locked(connection, index)
+    if old is None:
         return None
-    # One more name than there can be relays, each of which may have ended before it wrote to the index.
-    new = known.next(len(slots(database_of(connection))) + 1)
+    # Keep one more name than there can be relays: each may have ended before it wrote its mark to the index.
+    new = old.next(len(slots(database_of(connection))) + 1)
     _save(connection, index, new)
     return new
 
@@ -137,21 +139,22 @@ def begin_page(connection: Connection, index: IndexKey) -> Past | None:
 def compare(
     connection: Connection, index: IndexKey, kept_mark: str | None, *, alone: bool, went_back: bool
 ) -> tuple[Past, bool]:
-    """The past of *index*, and whether the index was filled from another one: then another one has begun.
+    """Compare the mark of *index* with its past. Return the past, and True if a new one has begun.
 
-    *kept_mark* is the mark that the index had before this transaction. *alone*: no other relay lives. *went_back*: the
-    relay has seen a later page. An index without a mark fits a database that has just begun to count pages.
+    A new past begins if the index was filled from another past, or if the relay *went_back*: it has seen a later page.
+    *kept_mark* is the mark that the index had before this transaction. *alone*: no other relay lives. An index without
+    a mark fits a database that has just begun to count pages.
     """
     first = {**index.values(), **beginning().values()}
     connection.execute(database_of(connection).upsert(past).on_conflict_do_nothing(), first)
-    known = _locked(connection, index)
-    assert known is not None
-    if known.fits(kept_mark, alone=alone) and not went_back:
-        return known, False
-    latest = max(known.page, Mark.parse(kept_mark or "").page)  # a page that no relay has seen
-    another = Past(latest + 1, (Mark.new(0).name,), kept_mark)
-    _save(connection, index, another)
-    return another, True
+    old = _locked(connection, index)
+    assert old is not None
+    if old.fits(kept_mark, alone=alone) and not went_back:
+        return old, False
+    latest_page = max(old.page, Mark.parse(kept_mark or "").page)
+    new = Past(latest_page + 1, (Mark.new(0).name,), kept_mark)  # a page that no relay has seen
+    _save(connection, index, new)
+    return new, True
 
 
 # -- in a relay --------------------------------------------------------------------------------------------------------
@@ -174,12 +177,12 @@ class Bookmark:
         self.is_begun, self.index_has_mark, self.over_at = True, False, over_at
 
     def end_page(self, now: float) -> None:
-        """Have another page begun before the next write, if the index has the mark of this one, and it has lasted."""
+        """End the page if its time is over and the index has its mark. The next write then begins a new page."""
         if self.index_has_mark and now >= self.over_at:
             self.is_begun = False
 
     def sees(self, now: Past | None) -> bool:
-        """Note the past *now* of the database, and return whether we claimed in it."""
+        """Remember the present past *now* of the database. Return whether our claims were made in it."""
         if self.mark is not None:
             self.went_back |= now is not None and now.is_before(self.mark)
             if now is None or self.went_back:

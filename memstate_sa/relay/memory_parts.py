@@ -1,4 +1,4 @@
-"""`MemoryParts`: what the methods of `Memory` share, wherever they are."""
+"""`MemoryParts`: the attributes that all methods of `Memory` share."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 
 class MemoryParts:
-    """The parts of a `Memory`, which makes them.
+    """The parts of a `Memory`, which creates them.
 
-    Its methods are in classes of the folders that they belong to: `SearchMethods`, `UndoMethods`, `MaintenanceMethods`.
+    The methods of `Memory` are in classes of the folders they belong to: `SearchMethods`, `UndoMethods`,
+    `MaintenanceMethods`.
     """
 
     indexes: dict[str, VectorIndex]
@@ -41,19 +42,19 @@ class MemoryParts:
     _strict: Strict
 
     def sync_engine(self, engine: Engine | AsyncEngine, *, use: Engine | None = None) -> Engine:
-        """*engine*, or a sync engine on the URL of an AsyncEngine: the relay is a thread, not a coroutine.
+        """*engine* itself, or a sync engine for an AsyncEngine: the relay runs in a thread, not as a coroutine.
 
-        Of an AsyncEngine the URL alone is known: where ``connect_args``, a ``creator`` or listeners say more, give one
-        that has them too, before anything else: ``memory.sync_engine(async_engine, use=engine)``.
+        The sync engine is made from the URL of the AsyncEngine only. If that has ``connect_args``, a ``creator`` or
+        listeners, pass your own sync engine first: ``memory.sync_engine(async_engine, use=engine)``.
         """
         return self._engines.sync_engine(engine, use)
 
     def _open(self) -> None:
-        """Go on after `close`."""
+        """Reopen a Memory after `close`."""
         self._capture.resume()
         self._notifier.open()
 
     def _transaction(self, session: Session) -> OpenTransaction:
         if not self._capture.is_attached(session):
-            raise MemstateError("this Session is not attached: call memory.attach() with its sessionmaker first")
+            raise MemstateError("This Session is not attached. Call memory.attach() with its sessionmaker first.")
         return self._capture.transaction(session)

@@ -1,4 +1,4 @@
-"""Decisions about a page of dirty keys, and about a failure. Pure: values and a clock in, decisions out."""
+"""Decisions about a page of dirty keys, and about failures. This module is pure: it takes and returns values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memstate_sa.tracking.projection import Projection
 
 
 class Delivered(NamedTuple):
-    """The last delivery of a key to an index, as the ledger has it."""
+    """The last delivery of a key to an index, from the ledger."""
 
     fingerprint: str | None
     text_fingerprint: str | None
@@ -22,10 +22,10 @@ class Delivered(NamedTuple):
 
 
 class PlannedWrite(NamedTuple):
-    """One key to be written to an index: its projection, or None to delete it.
+    """A key to write to an index, with its projection, or None to delete its point.
 
-    ``same_text``: only metadata changed, so the index holds the vector of this text already. The vector is there if the
-    point's fingerprint is ``ledger_fingerprint``, or the projection's.
+    ``same_text``: only metadata changed, so the index should have the vector of this text. It has it if the point's
+    fingerprint is ``ledger_fingerprint`` or the projection's.
     """
 
     fact: FactKey
@@ -42,8 +42,8 @@ def plan(
 ) -> list[PlannedWrite]:
     """The writes that make an index agree with *truth* for these *facts*.
 
-    The ledger is not believed about *doubted* keys. An earlier owner, or an earlier attempt, may have written to the
-    index without a record of it. A row that has since changed back would look delivered.
+    Do not trust the ledger for *doubted* keys. An earlier owner or an earlier attempt may have written them without
+    recording it. If such a row has since changed back, the ledger would make it look delivered.
     """
     writes = []
     for fact in facts:
@@ -51,23 +51,24 @@ def plan(
         if projection is not None and projection.fingerprint is None:
             projection = None
         is_doubted = fact in doubted
-        known = None if is_doubted else ledger.get(fact)
+        delivered = None if is_doubted else ledger.get(fact)
         if projection is None:
-            if is_doubted or (known is not None and not known.deleted):
+            if is_doubted or (delivered is not None and not delivered.deleted):
                 writes.append(PlannedWrite(fact, None))
-        elif known is None or known.deleted:
+        elif delivered is None or delivered.deleted:
             writes.append(PlannedWrite(fact, projection))
-        elif known.fingerprint != projection.fingerprint:
-            same_text = known.text_fingerprint == projection.text_fingerprint
-            writes.append(PlannedWrite(fact, projection, same_text, known.fingerprint if same_text else None))
+        elif delivered.fingerprint != projection.fingerprint:
+            same_text = delivered.text_fingerprint == projection.text_fingerprint
+            writes.append(PlannedWrite(fact, projection, same_text, delivered.fingerprint if same_text else None))
     return writes
 
 
 class ParkedState(StrEnum):
-    """Why a key is set aside. The values are stored.
+    """The reason why a key is parked. The values are stored.
 
-    ``AGAIN``: it is to be delivered once more. ``PARKED``: an index refused it, and it is tried again. ``DEAD``: it was
-    refused too often.
+    - ``AGAIN``: it must be delivered once more.
+    - ``PARKED``: an index refused it, and it is tried again.
+    - ``DEAD``: an index refused it too often.
     """
 
     AGAIN = "again"
@@ -76,10 +77,10 @@ class ParkedState(StrEnum):
 
 
 class Parked(NamedTuple):
-    """A key set aside: refused, so that the others go on, or to be delivered once more for some other reason.
+    """A key that is parked, because an index refused it, or because it must be delivered once more.
 
-    ``deliver_again``: it has to be delivered once more after that, as a call may yet land. ``expected_version``: the
-    version of the parked row that this one replaces; None replaces any.
+    ``deliver_again``: it must be delivered once more after that, because an unanswered call may still land.
+    ``expected_version``: the version of the parked row that this one replaces. None replaces any version.
     """
 
     attempts: int
@@ -91,7 +92,7 @@ class Parked(NamedTuple):
 
 
 class ParkedRow(NamedTuple):
-    """A parked key as it is stored. ``version`` is another one whenever the key is parked again."""
+    """A parked key in the database. It gets a new ``version`` whenever the key is parked again."""
 
     attempts: int
     next_at: datetime
@@ -102,7 +103,7 @@ class ParkedRow(NamedTuple):
 
 
 def merge(old: ParkedRow | None, new: Parked, now: datetime, version: str) -> ParkedRow | None:
-    """The row of a key that is parked as *new* at *now*, and was parked as *old*; None when *old* stays as it is."""
+    """The row of a key that was parked as *old* and is parked as *new* at *now*. None if *old* does not change."""
     next_at = now + timedelta(seconds=new.delay_s)
     row = ParkedRow(new.attempts, next_at, new.state, new.error, version, new.deliver_again)
     if old is None:
@@ -110,9 +111,9 @@ def merge(old: ParkedRow | None, new: Parked, now: datetime, version: str) -> Pa
     if new.expected_version not in (None, old.version):
         return None
     if old.state == ParkedState.AGAIN and old.next_at > next_at and not new.deliver_again:
-        # A call may land until then, whatever else is the matter with the key.
+        # Keep the later time, because a call may land until then.
         return old._replace(attempts=new.attempts, version=version)
-    # A key that has to be delivered again still has to be when it is refused, or is due at once.
+    # A refusal, or a delivery that is due now, does not replace the later delivery that is still required.
     still_again = old.deliver_again and (new.state != ParkedState.AGAIN or next_at <= now)
     return row._replace(deliver_again=new.deliver_again or still_again)
 

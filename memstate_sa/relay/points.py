@@ -1,4 +1,4 @@
-"""Points as they are written to an index."""
+"""The points that are written to an index."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from memstate_sa.indexes.base import Point, Vector
 from memstate_sa.tracking.projection import Projection, point_id
 
 ENTITY = "memstate_entity"
-"""The metadata name under which points carry their entity, in an index that has several."""
+"""The metadata field with the entity of a point, in an index that has several entities."""
 
 
 def make_point(fact: FactKey, projection: Projection, vector: Vector, epoch: int, *, marked: bool) -> Point:
-    """The point of a fact that has a text. A *marked* point carries its entity."""
+    """The point of a fact with a text. A *marked* point carries its entity."""
     assert projection.fingerprint is not None
     metadata = {ENTITY: fact[0], **projection.metadata} if marked else projection.metadata
     return Point(point_id(*fact), vector, projection.fingerprint, epoch, metadata, projection.text)

@@ -1,7 +1,8 @@
-"""The projection of each class that an index holds. With another one, the class is delivered again in full.
+"""The projection in which an index holds each class. If it changes, all rows of the class are delivered again.
 
-During a deployment two releases deliver to one index. They must not undo each other's work for ever. So a class keeps
-its projection while a relay that delivers it so lives. After that the release wins that tracked the class last.
+During a deployment, two releases deliver to one index, and must not overwrite each other's work for ever. So a class
+keeps its projection as long as a relay lives that delivers it. After that, the release that tracked the class last
+wins.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from memstate_sa.db.tables import projection
 from memstate_sa.relay.index_key import IndexKey, of_index
 
 HELD_BY_INDEX = ""
-"""The owner of the rows that name the projections which the index holds."""
+"""The owner of the rows for the projections in the index itself."""
 
 PATIENCE = timedelta(minutes=10)
-"""An older release takes a class back when no relay of the newer one was seen for so long."""
+"""An older release takes a class back if no relay of the newer release was seen for this time."""
 
 
 class Projected(NamedTuple):
-    """A relay's projection of a class, and when it was tracked; ``withdrawn``: it goes to this index no longer."""
+    """A relay's projection of a class, and the time when it was tracked.
+
+    ``withdrawn``: the class is no longer delivered to this index.
+    """
 
     projection: str
     since: datetime
@@ -39,7 +43,7 @@ class HeldProjection(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """``delivered``: the entities that this relay delivers. ``changed``: entities to be delivered again in full."""
+    """``delivered``: the entities that this relay delivers. ``changed``: the entities that need another refill."""
 
     delivered: Collection[str]
     changed: Collection[str]
@@ -54,9 +58,9 @@ def settle(
     classes: Mapping[str, Projected],
     now: datetime,
 ) -> Settled:
-    """Agree with the *live* relays on how classes are projected, and record it.
+    """Agree with the *live* relays on the projections of classes, and record them.
 
-    *known* are the entities that the index has been delivered. The caller holds all slots locked.
+    *known* has the entities that were delivered to the index before. The caller has locked all slots.
     """
     rows = connection.execute(select(projection).where(of_index(projection)), index.parameters()).all()
     held_by_entity = {
@@ -100,7 +104,7 @@ def settle(
 
 
 def wins(projected: Projected, held: HeldProjection, now: datetime) -> bool:
-    """Whether *projected* takes the place of a *held* projection that no living relay delivers."""
+    """Whether *projected* replaces the projection *held*, which no living relay delivers."""
     return projected.since > held.since or held.seen_at < now - PATIENCE
 
 
@@ -111,7 +115,7 @@ def _row(projected: Projected, held: HeldProjection | None) -> dict[str, object]
 
 
 def differing(connection: Connection, index: IndexKey, own: Mapping[str, str]) -> dict[str, str]:
-    """The projections that the index holds, by entity, where they differ from our *own* ones."""
+    """The projections of the index that differ from our *own* projections, by entity."""
     statement = select(projection.c.entity, projection.c.projection)
     statement = statement.where(of_index(projection), projection.c.owner == HELD_BY_INDEX)
     rows = connection.execute(statement, index.parameters()).all()

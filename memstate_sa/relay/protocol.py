@@ -1,6 +1,6 @@
-"""The delivery of an index, decided without I/O: it yields requests, and is sent the replies.
+"""The decisions of a delivery to an index, without I/O. Its generators yield requests, and are sent the replies.
 
-Pure. The same code runs on a database and an index (`delivery`) and, with a seeded clock, on simulated ones.
+The same code runs on a database and an index (`delivery`), and on simulated ones with a seeded clock in the tests.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Page:
-    """A page in work: the epochs under which its rows were read, and the outcome of its keys."""
+    """The page that is being delivered: the epochs under which its rows were read, and the outcome of its keys."""
 
     source: Source
     epochs: Mapping[int, int]
@@ -55,15 +55,15 @@ class _Page:
     written: dict[FactKey, Delivered] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     complete: bool = True
-    reads_ahead: bool = True  # until that fails
+    reads_ahead: bool = True  # False after reading ahead has failed
 
 
 @dataclass
 class _PageAhead:
-    """A page that was read before its turn, while the page before it was at the index.
+    """A page that was read before its turn, while the index was writing the page before it.
 
-    Its rows are used if no slot and no class has changed hands since. Keys that another page has converged since then
-    are ``outdated``: what was read about them is read again.
+    It is used if slots and classes have not changed since. Keys that another page has delivered since are ``outdated``,
+    and their rows are read again.
     """
 
     source: Source
@@ -77,7 +77,7 @@ class _PageAhead:
 class SlotWorker(SlotOwner):
     """The delivery to one index by one owner.
 
-    When a step ends with an exception, nothing is lost: writes that may have happened and were not recorded are unsure,
+    Nothing is lost when a step ends with an exception. Writes that may have happened and were not recorded are unsure,
     and are repeated.
     """
 
@@ -95,8 +95,8 @@ class SlotWorker(SlotOwner):
     ) -> None:
         super().__init__(entities, slots=slots, lease_s=lease_s, save_every_s=save_every_s, clock=clock)
         self.max_batch = page_size
-        self.stopping = False  # set from outside: end after the batch in work
-        self.more = False  # whether the last step left something that it knows of
+        self.stopping = False  # set from outside: stop after the current batch
+        self.more = False  # whether the last step knows of more pages
         self._page_size = page_size
         self._policy = policy
         self._jitter = jitter
@@ -107,14 +107,14 @@ class SlotWorker(SlotOwner):
         self._ahead: _PageAhead | None = None
 
     def step(self) -> Steps[int | None]:
-        """Deliver up to a page from each source. Return the number of keys converged, or None without any work.
+        """Deliver up to one page from each source. Return the number of keys, or None if there was nothing to do.
 
         Raises DeliveryRetryable when the index or the embedder is unavailable.
         """
         self.more = False
         ahead = self._ahead
         count = yield from self._step()
-        if self._ahead is ahead:  # its turn has passed
+        if self._ahead is ahead:  # it was not used in its turn
             self._ahead = None
         return count
 
@@ -132,7 +132,7 @@ class SlotWorker(SlotOwner):
             present = (yield from self._claim()).present
         if len(self.epochs) > self._quota:
             yield from self._give_up_surplus()
-        self._merge_groups()  # not before: a slot that is claimed in the middle of a page must not move with it
+        self._merge_groups()  # only between pages: a slot that is claimed during a page must not move with it
         if state.paused or not self.epochs:
             yield from self._save_in_time(renewed)
             return None
@@ -209,14 +209,14 @@ class SlotWorker(SlotOwner):
             end=end,
         )
 
-    # -- the page after it, meanwhile ----------------------------------------------------------------------------------
+    # -- reading ahead -------------------------------------------------------------------------------------------------
 
     def _read_ahead(self, page: _Page, goes_on: Callable[[], bool]) -> Steps[None]:
-        """Embed the rest of *page*, then read and embed the page that follows it, as long as *goes_on* says so.
+        """Embed the rest of *page*, then read and embed the next page, as long as *goes_on* returns True.
 
-        This may run while an `Upsert` of *page* is unanswered. It reads and embeds, and changes neither slots nor
-        positions. So its reads are the same as reads just before that call. It ends before the lease has to be renewed.
-        The turn of a page meets again what fails here.
+        This may run while an `Upsert` of *page* is unanswered. It only reads and embeds, and changes neither slots nor
+        positions. So its reads are the same as reads just before that call. It ends before the lease must be renewed.
+        Errors are ignored: they occur again in the page's own turn.
         """
         try:
             yield from self._embed_ahead(page.texts, goes_on)
@@ -245,7 +245,7 @@ class SlotWorker(SlotOwner):
         return _PageAhead(source, dict(self.epochs), self.entities, state, texts, set(page.source.facts))
 
     def _page_ahead(self, beginning: object) -> Source | None:
-        """The page that begins there, if it was read ahead and may be used."""
+        """The page that begins at *beginning*, if it was read ahead and can be used."""
         ahead = self._ahead
         if ahead is None or ahead.source.beginning != beginning:
             return None
@@ -254,25 +254,25 @@ class SlotWorker(SlotOwner):
     # -- one page ------------------------------------------------------------------------------------------------------
 
     def _converge(self, source: Source) -> Steps[int]:
-        """Make the index agree with the committed rows of *source*, then record its progress.
+        """Make the index agree with the committed rows of *source*, then record the progress.
 
-        Returns the number of keys that agree now.
+        Return the number of keys that agree now.
         """
         epochs, facts, listed = dict(self.epochs), source.facts, source.listed
         state = yield from self._state_of(source)
-        # An operator must learn of a change to a key that no row can have. A mere point of such a key is removed.
+        # Report a change of a key that no row can have, by parking it. If the index only has a point of it, remove it.
         refused = [fact for fact, parked in state.parked.items() if parked.attempts]
-        announced = facts if source.move is not None else refused
-        unknown = {fact: state.impossible[fact] for fact in announced if fact in state.impossible}
-        page = _Page(source, epochs, state, source.doubted(self._unsure, state), {**state.failed, **unknown})
+        changed = facts if source.move is not None else refused
+        impossible = {fact: state.impossible[fact] for fact in changed if fact in state.impossible}
+        page = _Page(source, epochs, state, source.doubted(self._unsure, state), {**state.failed, **impossible})
         readable = [fact for fact in facts if fact not in state.failed]
         writes = plan(readable, state.truth, listed or state.ledger, page.doubted)
         differing = {write.fact for write in writes}
         if self._marked:
-            # The index tells the content of its points, not whether they carry their entity.
-            again = [fact for fact in readable if fact in listed and fact not in differing]
-            writes += [PlannedWrite(fact, state.truth[fact], True) for fact in again]
-            differing.update(again)
+            # Write listed points again: the index does not tell whether they carry their entity.
+            unmarked = [fact for fact in readable if fact in listed and fact not in differing]
+            writes += [PlannedWrite(fact, state.truth[fact], True) for fact in unmarked]
+            differing.update(unmarked)
         page.texts = _new_texts(writes, page.doubted)
         failure: DeliveryRetryable | None = None
         try:
@@ -288,7 +288,7 @@ class SlotWorker(SlotOwner):
         return count
 
     def _state_of(self, source: Source) -> Steps[PageState]:
-        """The rows of *source*, and the records of them. They are read now, as far as they were not read ahead."""
+        """The state of the keys of *source*. Keys that were not read ahead are read now."""
         ahead, facts, state = self._ahead, source.facts, PageState()
         if ahead is not None and ahead.source is source:
             self._ahead = None
@@ -298,7 +298,7 @@ class SlotWorker(SlotOwner):
         return state.updated(facts, (yield from ask(Read(facts)))) if facts else state
 
     def _record(self, page: _Page, agreed: Collection[FactKey]) -> Steps[int]:
-        """Record the outcome of *page*, whose *agreed* keys needed no write. Returns the number of converged keys."""
+        """Record the outcome of *page*. Its *agreed* keys needed no write. Return the number of converged keys."""
         parked = page.state.parked
         parking = self._parking(page)
         self.counters.rejected += len(page.failed)
@@ -320,8 +320,8 @@ class SlotWorker(SlotOwner):
         for fact in (*converged, *page.failed):
             self._unsure.pop(fact, None)
         if page.complete:
-            coming = self._ahead.texts if self._ahead is not None else {}
-            self._embedded = {digest: vector for digest, vector in self._embedded.items() if digest in coming}
+            next_texts = self._ahead.texts if self._ahead is not None else {}
+            self._embedded = {digest: vector for digest, vector in self._embedded.items() if digest in next_texts}
             if move is not None:
                 move.group.has_passed_entries = not positions
                 move.group.move_to(move.position)
@@ -330,7 +330,7 @@ class SlotWorker(SlotOwner):
         return count
 
     def _parking(self, page: _Page) -> dict[FactKey, Parked]:
-        """The keys to set aside: those that failed, and those that a call may still write."""
+        """The keys to park: keys that failed, and keys that an unanswered call may still write."""
         parked = page.state.parked
         parking = {
             fact: park(error, (parked[fact].attempts if fact in parked else 0) + 1, self._policy, self._jitter)
@@ -344,19 +344,20 @@ class SlotWorker(SlotOwner):
         return parking
 
     def _landing(self, page: _Page) -> set[FactKey]:
-        """Keys that an unanswered call may still write: deliver them again when no such call can land any more."""
+        """The keys that an unanswered call may still write. They are delivered again when no call can land any more."""
         intents = page.source.intents
         repeated = {fact for fact, parked in page.state.parked.items() if parked.deliver_again}
         landing = (repeated | set(intents)) & (page.written.keys() | page.failed.keys())
-        landing |= {fact for fact in intents if fact[0] not in self.entities}  # passed by, and to be repeated there
+        landing |= {fact for fact in intents if fact[0] not in self.entities}  # not delivered now: repeated later
         return landing.union(fact for fact, may_land in self._unsure.items() if may_land)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def _write(self, page: _Page, writes: Sequence[PlannedWrite]) -> Steps[None]:
-        """Write to the index. Bisection finds the keys that it or the embedder refuses; they go to ``page.failed``.
+        """Write to the index. Keys that it or the embedder refuses are found by bisection, and put in ``page.failed``.
 
-        Keys that failed before are written apart, so that they do not have others bisected. Raises DeliveryRetryable.
+        Keys that failed before are written separately, so that bisection does not slow down the others. Raises
+        DeliveryRetryable.
         """
         for is_suspect in (False, True):
             of_group = [write for write in writes if (write.fact in page.state.parked) is is_suspect]
@@ -376,7 +377,7 @@ class SlotWorker(SlotOwner):
                         return
 
     def _may_continue(self, page: _Page) -> Steps[bool]:
-        """Before each long call: renew the lease so that it outlasts the call, unless we are to stop."""
+        """Renew the lease before a long call, so that it outlasts the call. Return False if the relay is stopping."""
         if self.stopping:
             page.complete = False
             return False
@@ -391,7 +392,7 @@ class SlotWorker(SlotOwner):
         return PointWrite(write.fact, epoch, _delivered(projection), point)
 
     def _embedded_writes(self, page: _Page, writes: Sequence[PlannedWrite]) -> Steps[list[PointWrite]]:
-        """The *writes* with their vectors, without lost slots and refused texts."""
+        """Embed the texts of *writes* where necessary. Return the writes without lost slots and refused texts."""
         digests = {write.fact: _text_fingerprint(write) for write in writes}
         reusable = [write.fact for write in writes if write.same_text or write.fact in page.doubted]
         stored = (yield from ask(Fetch(reusable))) if reusable else {}
@@ -438,7 +439,7 @@ class SlotWorker(SlotOwner):
 
     def _send(self, page: _Page, writes: Sequence[PointWrite]) -> Steps[None]:
         def send(batch: Sequence[PointWrite]) -> Steps[None]:
-            # A key is unsure until it is recorded. A call that may still land from an earlier attempt, still may.
+            # A key is unsure until it is recorded. Keep True for keys that an earlier call may still write.
             self._unsure.update({write.fact: self._unsure.get(write.fact, False) for write in batch})
             try:
                 yield from ask(Remove(batch) if batch[0].point is None else Upsert(batch, meanwhile))
@@ -456,7 +457,7 @@ class SlotWorker(SlotOwner):
 
 
 def _isolate(items: Sequence[T], call: Callable[[Sequence[T]], Steps[None]]) -> Steps[list[tuple[T, MemstateError]]]:
-    """Run *call*. When it is rejected, find the items at fault by bisection."""
+    """Run *call* on *items*, and return the rejected items, which bisection finds."""
     try:
         yield from call(items)
     except DeliveryRejected as error:

@@ -1,4 +1,4 @@
-"""Refills: progress of delivering the rows of an entity in full, and of scanning the index itself."""
+"""Refills: the progress of delivering all rows of an entity, and of scanning the index itself."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from memstate_sa.relay.index_key import IndexKey, insert_rows, of_index
 from memstate_sa.relay.requests import Refill
 
 SCAN = ""
-"""The refill rows that stand for the scan of the index itself."""
+"""The entity of the refill rows for the scan of the index itself."""
 
 
 def restart_scan(connection: Connection, index: IndexKey, taken: Collection[int]) -> None:
-    """Scan the index again for *taken* slots that were being filled.
+    """Scan the index again for *taken* slots whose refill was not finished.
 
-    Their last owner may have written points whose rows are no longer listed.
+    The last owner may have written points of rows that were deleted since, so that no refill lists them.
     """
-    undone = select(refill.c.slot).where(of_index(refill), not_(refill.c.done), refill.c.slot.in_(taken))
-    slots = set(connection.scalars(undone.distinct(), index.parameters())) if taken else set()
+    unfinished = select(refill.c.slot).where(of_index(refill), not_(refill.c.done), refill.c.slot.in_(taken))
+    slots = set(connection.scalars(unfinished.distinct(), index.parameters())) if taken else set()
     if slots:
-        again = update(refill).where(of_index(refill), refill.c.entity == SCAN, refill.c.slot.in_(slots))
-        connection.execute(again.values(done=False, position=None), index.parameters())
+        restart = update(refill).where(of_index(refill), refill.c.entity == SCAN, refill.c.slot.in_(slots))
+        connection.execute(restart.values(done=False, position=None), index.parameters())
 
 
 def read_entities(connection: Connection, index: IndexKey) -> set[str]:
-    """The entities that the index has been delivered, and `SCAN`."""
+    """The entities that were delivered to the index, and `SCAN`."""
     return set(connection.scalars(select(refill.c.entity).where(of_index(refill)).distinct(), index.parameters()))
 
 
@@ -44,10 +44,10 @@ def require_refills(
     entities: Collection[str],
     changed: Collection[str],
 ) -> bool:
-    """Refill *entities* that are new or *changed*. Returns whether points carry their entity.
+    """Start the refill of *entities* that are new or *changed*. Return whether points carry their entity.
 
-    They do when the index gets a second entity, and not before: in Chroma a field costs a tenth of the writing rate.
-    All points are then written again, without a new embedding.
+    Points carry it as soon as the index gets a second entity. Not before, because a field costs a tenth of the writing
+    rate in Chroma. All points are then written again, but not embedded again.
     """
     database = database_of(connection)
     if changed:
@@ -58,7 +58,7 @@ def require_refills(
         rows = as_json([[name, slot, None, False] for name in missing_names for slot in slots(database)])
         new = insert_rows(database, refill, ["entity", "slot", "position", "done"]).on_conflict_do_nothing()
         connection.execute(new, {**index.parameters(), "rows": rows})
-        if delivered:  # the scan passed by the points of an entity that was unknown
+        if delivered:  # earlier scans skipped the points of these entities, because they were unknown
             scan = update(refill).where(of_index(refill), refill.c.entity == SCAN).values(done=False, position=None)
             connection.execute(scan, index.parameters())
     is_marked = select(index_state.c.marked).where(of_index(index_state))
@@ -68,7 +68,7 @@ def require_refills(
         marking = update(index_state).where(of_index(index_state)).values(marked=True)
         refilling = update(refill).where(of_index(refill), refill.c.entity != SCAN).values(done=False, position=None)
         doubting = update(ledger).where(of_index(ledger), not_(ledger.c.deleted)).values(fingerprint=None)
-        # Writes under way without the entity are not acknowledged any more.
+        # New epochs: running writes without the entity cannot be recorded any more.
         revoking = update(cursor).where(of_index(cursor)).values(epoch=cursor.c.epoch + 1)
         for statement in (marking, refilling, doubting, revoking) if delivered else (marking,):
             connection.execute(statement, index.parameters())
@@ -78,14 +78,14 @@ def require_refills(
 def next_refill(
     connection: Connection, index: IndexKey, slots: Collection[int], entities: Collection[str]
 ) -> Refill | None:
-    """The next part of a refill: the index's own scan first, then entity by entity.
+    """The next part of a refill: the scan of the index first, then one entity after another.
 
-    Slots at the same row go together. The slots that are furthest behind go first.
+    Slots at the same position are refilled together, beginning with the slots that are furthest behind.
     """
     if not slots:
         return None
     parameters = {"entities": as_array([SCAN, *entities]), "slots": slot_array(slots)}
-    rows = connection.execute(_undone(database_of(connection)), {**index.parameters(), **parameters}).all()
+    rows = connection.execute(_unfinished(database_of(connection)), {**index.parameters(), **parameters}).all()
     if not rows:
         return None
     entity, position, _ = rows[0]
@@ -93,7 +93,7 @@ def next_refill(
 
 
 @cache
-def _undone(database: Database) -> Select[Any]:
+def _unfinished(database: Database) -> Select[Any]:
     return (
         select(refill.c.entity, refill.c.position, refill.c.slot)
         .where(of_index(refill), not_(refill.c.done), in_slots(database, refill.c.slot))
@@ -102,8 +102,8 @@ def _undone(database: Database) -> Select[Any]:
     )
 
 
-def save_refill(connection: Connection, index: IndexKey, progress: Refill, held_slots: Collection[int]) -> None:
-    slots = progress.slots & set(held_slots)
+def save_refill(connection: Connection, index: IndexKey, progress: Refill, own_slots: Collection[int]) -> None:
+    slots = progress.slots & set(own_slots)
     if slots:
         new = {"new_position": progress.position, "new_done": progress.done, "the_entity": progress.entity}
         connection.execute(_saving(database_of(connection)), {**index.parameters(), **new, "slots": slot_array(slots)})
@@ -122,5 +122,5 @@ def is_filled(connection: Connection, index: IndexKey, entities: Sequence[str]) 
     """Whether the refill of each of *entities*, and the scan of the index itself, are done."""
     statement = select(refill.c.entity, refill.c.done).where(of_index(refill)).distinct()
     rows = connection.execute(statement, index.parameters()).all()
-    undone = {entity for entity, done in rows if not done}
-    return {entity for entity, _ in rows}.difference(undone).issuperset((SCAN, *entities))
+    unfinished = {entity for entity, done in rows if not done}
+    return {entity for entity, _ in rows}.difference(unfinished).issuperset((SCAN, *entities))

@@ -1,4 +1,4 @@
-"""An index in the database: its registration, its deletion, and the cluster that its positions are of."""
+"""The registration of an index in the database, its deletion, and the cluster that its positions belong to."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from memstate_sa.relay.index_key import IndexKey, insert_rows, of_index
 
 
 def touch(connection: Connection, index: IndexKey, now: datetime) -> bool:
+    """Record that a relay uses the index at *now*. Return False if the index is not registered."""
     touching = update(index_state).where(of_index(index_state)).values(active_at=now)
     return connection.execute(touching, index.parameters()).rowcount > 0
 
@@ -29,10 +30,10 @@ _STATE_TABLES = (index_state, refill, parked, cursor, ledger, holder, past, proj
 
 
 def register(connection: Connection, index: IndexKey, embedder: Embedder) -> datetime:
-    """Register a lifetime of an index, unless it is known. Returns the database's time.
+    """Register an incarnation of an index, if it is new. Return the database's time.
 
-    Nothing forgets it until this transaction ends. Raises IndexMismatch when another embedder filled the index, also
-    for an index that does not keep this itself.
+    Until this transaction ends, no other transaction can delete it. Raises IndexMismatch if another embedder has filled
+    the index. This is checked even for an index that does not know its embedder.
     """
     take_write_lock(connection)
     now = database_now(connection)
@@ -42,17 +43,17 @@ def register(connection: Connection, index: IndexKey, embedder: Embedder) -> dat
 
 
 def _insert(connection: Connection, index: IndexKey, embedder: Embedder, now: datetime) -> None:
-    """Its cursors start now; the refill brings everything older."""
+    """Insert the state of the index. Its cursors start at the present; the refill delivers older rows."""
     live = select(holder.c.incarnation).where(holder.c.index == index.name, holder.c.lease_until > now)
-    lifetimes = select(index_state.c.incarnation, index_state.c.paused).where(index_state.c.index == index.name)
-    earlier = connection.execute(lifetimes).all()
-    paused = any(lifetime.paused for lifetime in earlier)
-    for table in _STATE_TABLES if earlier else ():
+    incarnations = select(index_state.c.incarnation, index_state.c.paused).where(index_state.c.index == index.name)
+    earlier_rows = connection.execute(incarnations).all()
+    paused = any(row.paused for row in earlier_rows)
+    for table in _STATE_TABLES if earlier_rows else ():
         connection.execute(
             delete(table).where(table.c.index == index.name, table.c.incarnation.not_in(live.scalar_subquery()))
         )
     database = database_of(connection)
-    # Two relays may find it new: the second one leaves the rows of the first.
+    # Two relays may insert the index at the same time: the second one keeps the rows of the first.
     state = {"embedder": embedder.fingerprint, "dimension": embedder.dimension, "marked": False, "paused": paused}
     state |= {"created_at": now, "active_at": now, "cluster": database.cluster(connection)}
     connection.execute(database.upsert(index_state).on_conflict_do_nothing(), {**index.values(), **state})
@@ -67,9 +68,9 @@ def _is_registered(connection: Connection, index: IndexKey, embedder: Embedder) 
     row = connection.execute(filled_by, index.parameters()).one_or_none()
     if row is not None and tuple(row) != (embedder.fingerprint, embedder.dimension):
         raise IndexMismatch(
-            f"index {index.name!r} was filled by embedder {row.embedder!r} ({row.dimension} dimensions), not by "
-            f"{embedder.fingerprint!r} ({embedder.dimension}): give it another name, or delete it to have it filled "
-            "anew"
+            f"Cannot use index {index.name!r}: it was filled by embedder {row.embedder!r} ({row.dimension} "
+            f"dimensions), not by {embedder.fingerprint!r} ({embedder.dimension}). Give the index another name, or "
+            "delete it, so that it is filled again."
         )
     return row is not None
 
@@ -85,10 +86,11 @@ def position_columns(position: Position) -> dict[str, Any]:
 
 
 def has_moved(connection: Connection, index: IndexKey) -> bool:
-    """Whether the database has moved to another cluster since the positions were recorded. Records the new one."""
-    known = connection.execute(select(index_state.c.cluster).where(of_index(index_state)), index.parameters()).scalar()
+    """Whether the database is in another cluster than the recorded positions. The new cluster is then recorded."""
+    recorded = select(index_state.c.cluster).where(of_index(index_state))
+    old_cluster = connection.execute(recorded, index.parameters()).scalar()
     cluster = database_of(connection).cluster(connection)
-    if cluster is not None and cluster != known:
+    if cluster is not None and cluster != old_cluster:
         recording = update(index_state).where(of_index(index_state)).values(cluster=cluster)
         connection.execute(recording, index.parameters())
-    return None not in (known, cluster) and known != cluster
+    return None not in (old_cluster, cluster) and old_cluster != cluster

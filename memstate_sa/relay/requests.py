@@ -1,6 +1,7 @@
-"""The requests of the delivery protocol: what it asks for, and what it gets back.
+"""The requests of the delivery protocol, and the types of their replies.
 
-Pure. `protocol` yields them; `delivery` answers them with a database and an index, the simulation with made-up ones.
+This module is pure. `protocol` yields the requests. `delivery` answers them with a database and an index, and the
+simulation in the tests answers them with simulated ones.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ R = TypeVar("R")
 
 
 class Request(Generic[R]):
-    """A request to the world outside. Its outcome is an R or an exception."""
+    """A request of the protocol for I/O. Its reply is an R or an exception."""
 
 
 Steps: TypeAlias = Generator[Request[Any], Any, R]
@@ -36,7 +37,7 @@ def ask(request: Request[R]) -> Steps[R]:
 
 
 class HeldSlot(NamedTuple):
-    """A slot that we have claimed. ``settle``: its last owner may have written points without a record of it."""
+    """A slot that we have claimed. ``settle``: its last owner may have written points without recording them."""
 
     epoch: int
     position: Position
@@ -45,9 +46,11 @@ class HeldSlot(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """``quota``: how many slots are our share among ``owners``. ``marked``: points carry their entity.
+    """The slots that we have, and the state of the index.
 
-    ``entities`` are those that we deliver: perhaps not all that we know. None: all.
+    - ``quota``: the number of slots that are our share among ``owners``.
+    - ``marked``: the points carry their entity.
+    - ``entities``: the entities that we deliver, which may be fewer than we know. None means all.
     """
 
     slots: Mapping[int, HeldSlot]
@@ -60,9 +63,9 @@ class Claimed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claim(Request[Claimed]):
-    """Renew the lease and take free slots up to our share. ``epochs`` are those of the slots we believe to hold.
+    """Renew the lease, and claim free slots up to our share.
 
-    ``went_back``: the database lacks changes that we have delivered.
+    ``epochs`` has the slots that we believe to have. ``went_back``: the database lacks changes that we have delivered.
     """
 
     epochs: Mapping[int, int]
@@ -71,13 +74,16 @@ class Claim(Request[Claimed]):
 
 @dataclass(frozen=True, slots=True)
 class Renew(Request[int]):
-    """Renew the lease. The reply is how many slots are ours."""
+    """Renew the lease. The reply is the number of our slots."""
 
 
 class DatabaseState(NamedTuple):
-    """``free``: a slot has no owner. ``due``: a parked key of our slots is. ``own_slots``: how many slots are ours.
+    """The state of the database.
 
-    ``elsewhere``: the database is not at the past in which we claimed our slots.
+    - ``own_slots``: the number of our slots.
+    - ``free``: a slot has no owner.
+    - ``due``: a parked key of our slots is due.
+    - ``elsewhere``: the database was restored since we claimed our slots.
     """
 
     present: Position
@@ -96,9 +102,10 @@ class Look(Request[DatabaseState]):
 
 @dataclass(frozen=True, slots=True)
 class Release(Request[None]):
-    """Give up slots, delivered up to these positions. The next owner delivers the ``unsure`` keys again.
+    """Release slots, with the positions up to which they are delivered.
 
-    ``unsettled`` slots keep their owner's name, as if it had died, so that the next owner settles them.
+    The next owner delivers the ``unsure`` keys again. ``unsettled`` slots keep their owner's name, as if it had died,
+    so that the next owner settles them.
     """
 
     epochs: Mapping[int, int]
@@ -113,7 +120,7 @@ class Release(Request[None]):
 
 @dataclass(frozen=True, slots=True)
 class ReadPage(Request[Page]):
-    """Read the entries of these slots that ``present`` has and ``position`` has not."""
+    """Read the outbox entries of these slots after ``position``, up to ``present``."""
 
     position: Position
     present: Position
@@ -123,16 +130,17 @@ class ReadPage(Request[Page]):
 
 @dataclass(frozen=True, slots=True)
 class ReadDue(Request[Sequence[FactKey]]):
-    """Read the parked keys of these slots whose time has come."""
+    """Read the parked keys of these slots that are due."""
 
     slots: Collection[int]
     limit: int
 
 
 class Refill(NamedTuple):
-    """Progress of a delivery in full: ``slots`` have the rows of ``entity`` (of the index itself: '') to ``position``.
+    """The progress of a refill: ``slots`` have the rows of ``entity`` up to ``position``.
 
-    None is the beginning, or with ``done`` the end.
+    The entity '' stands for the points of the index itself. A position of None is the beginning, or with ``done`` the
+    end.
     """
 
     entity: str
@@ -149,7 +157,10 @@ class ReadRefill(Request[Refill | None]):
 
 
 class KeyPage(NamedTuple):
-    """Keys of all slots, with the fingerprints that the index lists; ``last``: where to go on, None at the end."""
+    """Keys of all slots, with the fingerprints that the index lists.
+
+    The next page begins after ``last``. It is None at the end.
+    """
 
     facts: Mapping[FactKey, str | None]
     last: str | None
@@ -168,7 +179,7 @@ class ListFacts(Request[KeyPage]):
 
 
 class ParkedKey(NamedTuple):
-    """A parked key: how often it was rejected, the version of its row, and whether it has to be delivered again."""
+    """A parked key: its attempts so far, the version of its parked row, and whether it must be delivered again."""
 
     attempts: int
     version: str
@@ -176,9 +187,12 @@ class ParkedKey(NamedTuple):
 
 
 class PageState(NamedTuple):
-    """The committed rows of keys (absent: no row), the keys that could not be projected, and the records of them.
+    """The state of some keys.
 
-    ``impossible`` keys are those that no row can have: the index must hold nothing for them.
+    - ``truth``: the projections of their committed rows. A key without a row is absent.
+    - ``failed``: keys that could not be projected.
+    - ``ledger``, ``parked``: their rows in these tables.
+    - ``impossible``: keys that no row can have. The index must hold nothing for them.
     """
 
     truth: Mapping[FactKey, Projection] = MappingProxyType({})
@@ -188,7 +202,7 @@ class PageState(NamedTuple):
     impossible: Mapping[FactKey, MemstateError] = MappingProxyType({})
 
     def updated(self, facts: Collection[FactKey], newer: PageState) -> PageState:
-        """This state, with the *newer* one of *facts*."""
+        """This state, but with the *newer* state of *facts*."""
         outdated = set(facts)
         parts: Any = zip(self, newer, strict=True)
         return PageState(*({**{fact: old[fact] for fact in old if fact not in outdated}, **new} for old, new in parts))
@@ -200,7 +214,7 @@ class Read(Request[PageState]):
 
 
 class Embedded(NamedTuple):
-    """Vectors by text fingerprint, and for how many of them the embedder was asked; the others were known."""
+    """Vectors by text fingerprint. ``asked``: the number of texts that the embedder got. The others were cached."""
 
     vectors: Mapping[str, Vector]
     asked: int
@@ -208,20 +222,20 @@ class Embedded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Embed(Request[Embedded]):
-    """Embed texts, given by text fingerprint."""
+    """Embed ``texts``, which are keyed by their text fingerprints."""
 
     texts: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch(Request[Mapping[FactKey, Stored]]):
-    """Get the points that the index holds already."""
+    """Read the points of these facts that the index holds."""
 
     facts: Collection[FactKey]
 
 
 class PointWrite(NamedTuple):
-    """The point to be written for a fact, under the epoch of its slot. A point of None is to be removed."""
+    """The point to write for a fact, under the epoch of its slot. None removes the point."""
 
     fact: FactKey
     epoch: int
@@ -231,7 +245,7 @@ class PointWrite(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Upsert(Request[None]):
-    """Write points. ``meanwhile``: steps that may be run during the call, as long as what they are given is true."""
+    """Write points. ``meanwhile``: requests that may run during the call, while the function they get returns True."""
 
     writes: Sequence[PointWrite]
     meanwhile: Callable[[Callable[[], bool]], Steps[None]] | None = field(default=None, compare=False)
@@ -244,11 +258,11 @@ class Remove(Request[None]):
 
 @dataclass(frozen=True, slots=True)
 class Acknowledge(Request[frozenset[int]]):
-    """Record a page, in one transaction. The reply is which of the slots in ``epochs`` are lost.
+    """Record a page in one transaction. The reply has the lost slots: slots in ``epochs`` that are no longer ours.
 
-    Nothing is recorded for lost slots. ``resolved`` are parked keys that are delivered now, with the version of the
-    parked row that was read: a key that was parked again since then stays parked. ``foreign`` keys are of entities that
-    this owner does not know.
+    Nothing is recorded for lost slots. ``resolved`` has parked keys that are delivered now, with the version of the
+    parked row that was read. A key that was parked again since then stays parked. ``foreign`` keys belong to entities
+    that this owner does not know.
     """
 
     epochs: Mapping[int, int]
@@ -262,6 +276,6 @@ class Acknowledge(Request[frozenset[int]]):
 
 @dataclass(frozen=True, slots=True)
 class Redirty(Request[None]):
-    """Have the owner of these keys deliver them again: our writes may land after its writes."""
+    """Let the owner of these keys deliver them again, because our writes may reach the index after its writes."""
 
     facts: Mapping[FactKey, Parked]

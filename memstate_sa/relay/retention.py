@@ -1,4 +1,4 @@
-"""Retention: outbox entries are kept until every index has them, log and ledger for ever by default."""
+"""Retention: outbox entries are kept until every index has them. By default, log and ledger are kept for ever."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    text,
     tuple_,
     update,
 )
@@ -52,11 +53,12 @@ from memstate_sa.relay.registration import forget_index
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """The time to keep rows that delivery does not need; None is for ever.
+    """The time for which rows are kept that delivery does not need. None means for ever.
 
-    ``log``: older changes of a row become one baseline. History, undo and time travel end there. ``ledger``: the ledger
-    of deleted rows. ``index``: the state of an index that no relay delivers to. After that the index delays neither the
-    outbox nor vacuum. When it comes back, it is compared with the tables and brought up to date in full.
+    - ``log``: older changes of a row are folded into one baseline. History, undo and time travel end there.
+    - ``ledger``: the ledger of deleted rows.
+    - ``index``: the state of an index that no relay delivers to. After that, the index no longer keeps entries in the
+      outbox, and no longer delays vacuum. When a relay delivers to it again, it is compared with the tables in full.
     """
 
     log: timedelta | None = None
@@ -65,9 +67,10 @@ class Retention:
 
 
 def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
-    """Delete up to *limit* outbox entries that every index has, oldest first. Returns how many.
+    """Delete up to *limit* outbox entries that every index has, oldest first. Return their number.
 
-    An index that is being filled may be past an entry whose row it does not hold yet. Search reads that entry.
+    Entries of entities that are being refilled are kept: an index may be past such an entry and still lack its row.
+    Search reads the entry.
     """
     rows = connection.execute(select(cursor.c.snapshot, cursor.c.xid, cursor.c.position).distinct()).all()
     filling = set(connection.scalars(select(refill.c.entity).where(not_(refill.c.done)).distinct()))
@@ -77,6 +80,24 @@ def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
     floor = min(Position.parse(*row).floor for row in rows)
     parameters = {"xid": floor[0], "id": floor[1], "filling": as_array(filling), "limit": limit}
     return connection.execute(_forget(database_of(connection)), parameters).rowcount
+
+
+def forget_unneeded(connection: Connection, limit: int = 10_000) -> int:
+    """Delete up to *limit* outbox entries if there is no index, oldest first. Returns how many.
+
+    An index that comes later is filled from the tables.
+    """
+    take_write_lock(connection)
+    if not database_of(connection).has_one_writer:
+        # An index that began between the look and the DELETE would need the newest entries.
+        connection.execute(_keep_indexes_out)
+    if connection.execute(select(cursor.c.index).limit(1)).first() is not None:
+        return 0
+    oldest = select(outbox.c.id).order_by(outbox.c.id).limit(limit)
+    return connection.execute(delete(outbox).where(outbox.c.id.in_(oldest))).rowcount
+
+
+_keep_indexes_out = text(f"LOCK TABLE {cursor.name} IN SHARE MODE")
 
 
 @cache
@@ -92,7 +113,7 @@ def _forget(database: Database) -> Any:
 
 
 def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
-    """Delete the state of indexes that no relay has had a lease on for *keep*. Returns how many."""
+    """Delete the state of indexes that no relay has had a lease on for *keep*. Return their number."""
     take_write_lock(connection)
     before = utcnow() - keep
     has_lease = exists().where(
@@ -100,7 +121,7 @@ def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
         holder.c.incarnation == index_state.c.incarnation,
         holder.c.lease_until > before,
     )
-    # This row first, as a claim does: then either the claim or this waits.
+    # Delete this row first. A claim begins with it too, so that one waits for the other.
     idle = delete(index_state).where(index_state.c.active_at < before, not_(has_lease))
     keys = connection.execute(idle.returning(index_state.c.index, index_state.c.incarnation)).all()
     for key in keys:
@@ -109,7 +130,7 @@ def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
 
 
 def forget_ledger(connection: Connection, keep: timedelta, limit: int = 10_000) -> int:
-    """Delete up to *limit* ledger rows of facts that were deleted more than *keep* ago. Returns how many."""
+    """Delete up to *limit* ledger rows of facts that were deleted more than *keep* ago. Return their number."""
     take_write_lock(connection)
     key = tuple_(*ledger.primary_key.columns)
     old = select(*ledger.primary_key.columns).where(is_deleted, ledger.c.at < utcnow() - keep)
@@ -117,10 +138,10 @@ def forget_ledger(connection: Connection, keep: timedelta, limit: int = 10_000) 
 
 
 def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2_000) -> int:
-    """Fold changes older than *keep* into one baseline a row, a page of the log after the id *after*.
+    """Fold changes older than *keep* into one baseline per row, in a page of the log after the id *after*.
 
-    Returns the id at which the page ended, *after* when there is no more. A transaction is folded as a whole, or not
-    yet: half of it could not be undone.
+    Return the last id of the page, or *after* if there is nothing more to fold. A transaction is folded as a whole,
+    because a half could not be undone.
     """
     take_write_lock(connection)
     before = utcnow() - keep
@@ -128,30 +149,32 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
     rows = connection.execute(page).all()
     ends = select(log.c.tx, func.max(log.c.id), func.max(log.c.at)).group_by(log.c.tx)
     ends = ends.where(log.c.tx.in_(select(unnest_strings("transactions").c.value)))
-    ended = connection.execute(ends, {"transactions": as_array({row.tx for row in rows})}).all()
-    old = {tx: last for tx, last, at in ended if at < before}
-    # The longest beginning of the page in which every transaction is old, and ends.
-    rows = list(takewhile(lambda row: row.tx in old, rows))
-    while rows and (beyond := {row.tx for row in rows if old[row.tx] > rows[-1].id}):
-        rows = list(takewhile(lambda row: row.tx not in beyond, rows))
+    end_rows = connection.execute(ends, {"transactions": as_array({row.tx for row in rows})}).all()
+    last_ids = {tx: last_id for tx, last_id, at in end_rows if at < before}
+    # Take the longest beginning of the page that has only old transactions, and all of their entries.
+    rows = list(takewhile(lambda row: row.tx in last_ids, rows))
+    while rows and (incomplete := {row.tx for row in rows if last_ids[row.tx] > rows[-1].id}):
+        rows = list(takewhile(lambda row: row.tx not in incomplete, rows))
     if not rows:
-        largest = max((last - after for last in old.values()), default=0)
+        largest = max((last_id - after for last_id in last_ids.values()), default=0)
         return fold_log(connection, keep, after, 4 * limit) if largest > limit else after
     last: int = rows[-1].id
-    forgotten: set[str] = set()
+    deleted_txs: set[str] = set()
     newer = log.alias()
     with rewriting(connection):
         for entity, keys in by_entity({(row.entity, row.key) for row in rows}).items():
-            mine = and_(log.c.entity == entity, log.c.key.in_(select(unnest_strings("keys").c.value)), log.c.id <= last)
+            of_keys = log.c.key.in_(select(unnest_strings("keys").c.value))
+            page_entries = and_(log.c.entity == entity, of_keys, log.c.id <= last)
             superseded = exists().where(
                 newer.c.entity == log.c.entity, newer.c.key == log.c.key, newer.c.id > log.c.id, newer.c.id <= last
             )
             parameters = {"keys": as_array(keys)}
-            for is_gone in (superseded, or_(log.c.op == "delete", log.c.version == REDACTED)):
-                forgotten.update(connection.scalars(delete(log).where(mine, is_gone).returning(log.c.tx), parameters))
-            folded = update(log).where(mine, log.c.op != "baseline").values(op="baseline", step=false(), reverts=null())
-            connection.execute(folded, parameters)
+            for is_unneeded in (superseded, or_(log.c.op == "delete", log.c.version == REDACTED)):
+                deleting = delete(log).where(page_entries, is_unneeded).returning(log.c.tx)
+                deleted_txs.update(connection.scalars(deleting, parameters))
+            folding = update(log).where(page_entries, log.c.op != "baseline")
+            connection.execute(folding.values(op="baseline", step=false(), reverts=null()), parameters)
     unused = not_(exists().where(log.c.tx == transaction.c.tx))
-    named = transaction.c.tx.in_(select(unnest_strings("transactions").c.value))
-    connection.execute(delete(transaction).where(named, unused), {"transactions": as_array(forgotten)})
+    candidates = transaction.c.tx.in_(select(unnest_strings("transactions").c.value))
+    connection.execute(delete(transaction).where(candidates, unused), {"transactions": as_array(deleted_txs)})
     return last

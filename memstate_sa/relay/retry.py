@@ -1,4 +1,4 @@
-"""When to try again: retry policy, circuit breaker, and the verdict on an error."""
+"""The retry policy, the circuit breaker, and the classification of errors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Exponential backoff with full jitter on its upper half; ``max_attempts`` rejections make a key dead.
+    """Exponential backoff. The upper half of each delay is random. After ``max_attempts`` refusals, a key is dead.
 
-    Attempts at a refused key are up to ``max_delay_s`` apart. A longer Retry-After of a provider is cut to that. An
-    unavailable index or embedder is tried every ``max_wait_s`` at least.
+    Attempts at a refused key are at most ``max_delay_s`` apart, even if a provider's Retry-After is longer. An
+    unavailable index or embedder is tried again after ``max_wait_s`` at the latest.
     """
 
     max_attempts: int = 8
@@ -32,25 +32,25 @@ class RetryPolicy:
     max_wait_s: float = 15.0
 
     def delay(self, attempt: int, jitter: Callable[[], float], longest: float | None = None) -> float:
-        """Seconds to wait before attempt number ``attempt + 1``; *jitter* returns 0 to 1."""
+        """The seconds to wait before attempt number ``attempt + 1``. *jitter* returns a number from 0 to 1."""
         full = min(self.delay_s * 2.0 ** min(attempt - 1, 30), self.max_delay_s if longest is None else longest)
         return full * (0.5 + 0.5 * jitter())
 
 
 class Breaker:
-    """Keeps an unavailable index from being asked all the time. Each index has its own, so that it stops no other.
+    """The circuit breaker of one index: it limits the attempts while the index is unavailable.
 
-    Retry-After is heeded, up to the policy's longest delay.
+    It follows a Retry-After, up to the policy's longest delay.
     """
 
     def __init__(self, policy: RetryPolicy, jitter: Callable[[], float]) -> None:
         self.failures = 0  # since the last success
-        self.open_until: float | None = None  # when the next attempt is due, while it is open
+        self.open_until: float | None = None  # the time of the next attempt, while the breaker is open
         self._policy = policy
         self._jitter = jitter
 
     def failed(self, error: Exception, now: float) -> float:
-        """Open the breaker. Returns for how many seconds."""
+        """Open the breaker, and return the number of seconds until the next attempt."""
         self.failures += 1
         retry_after: float | None = getattr(error, "retry_after_s", None)
         delay = self._policy.delay(self.failures, self._jitter, min(self._policy.max_wait_s, self._policy.max_delay_s))
@@ -62,31 +62,31 @@ class Breaker:
         self.failures, self.open_until = 0, None
 
     def wait_s(self, now: float) -> float:
-        """Seconds from *now* until the next attempt."""
+        """The seconds from *now* until the next attempt."""
         return 0.0 if self.open_until is None else max(0.0, self.open_until - now)
 
 
 def describe(error: BaseException) -> str:
-    """*error* for an operator: types and our own message, never a vendor's text, which may quote the fact."""
-    ours = printable(str(error)[:500]) if isinstance(error, MemstateError) else ""
+    """*error* for an operator: its types and our own message. A vendor's text is left out: it may quote the fact."""
+    message = printable(str(error)[:500]) if isinstance(error, MemstateError) else ""
     cause = error.__cause__
     kinds = type(error).__name__ + (f" from {type(cause).__name__}" if cause is not None else "")
-    return f"{kinds}: {ours}" if ours else kinds
+    return f"{kinds}: {message}" if message else kinds
 
 
 def guarded(call: Callable[[], T], where: str) -> T:
-    """Run *call* on an index or embedder. Its errors become ours, chained."""
+    """Run *call* on an index or embedder. Its exceptions are replaced by ours, and chained."""
     try:
         return call()
     except Exception as error:
-        ours = classify(error, where)
-        if ours is error:
+        own_error = classify(error, where)
+        if own_error is error:
             raise
-        raise ours from error
+        raise own_error from error
 
 
 def classify(error: Exception, where: str) -> MemstateError:
-    """Our error for *error* of an index or embedder. Its type decides whether to retry, never its text."""
+    """Our exception for *error* of an index or embedder. Only its type, not its text, decides whether to retry."""
     if isinstance(error, MemstateError):
         return error
     wrapped = delivery_error(error, where, unknown=DeliveryRejected)

@@ -1,4 +1,4 @@
-"""The owner of slots, without I/O: it yields requests to claim, keep, save and release them. Pure."""
+"""The owner of slots. This module is pure: it yields requests to claim, keep, save and release slots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memstate_sa.relay.requests import Acknowledge, Claim, Claimed, Redirty, Rel
 
 @dataclass(eq=False)
 class SlotGroup:
-    """Slots at the same position. The ledger is not believed until the group reaches ``unsettled_until``."""
+    """Slots at the same position. The ledger is not trusted until the group reaches ``unsettled_until``."""
 
     slots: set[int]
     position: Position
@@ -33,7 +33,7 @@ class SlotGroup:
 
 
 class Move(NamedTuple):
-    """The position that a group reaches when the batch in work is done."""
+    """The position that a group reaches when the current page is done."""
 
     group: SlotGroup
     position: Position
@@ -41,10 +41,14 @@ class Move(NamedTuple):
 
 @dataclass
 class Counters:
-    """The work of a relay for an index since it began, counted in keys unless it says otherwise.
+    """The work of a relay for an index since it was created. The numbers count keys, except where noted.
 
-    ``embedded``: texts given to the embedder · ``reused``: written with the vector that was there · ``unchanged``:
-    not written at all · ``lost``: slots that another owner took before they were acknowledged.
+    - ``converged``: keys that agree with their rows now.
+    - ``embedded``: texts that the embedder got.
+    - ``reused``: keys that were written with an existing vector.
+    - ``unchanged``: keys that needed no write.
+    - ``rejected``: keys that the index or the embedder refused.
+    - ``lost``: slots that another owner took before their page was recorded.
     """
 
     converged: int = 0
@@ -56,9 +60,9 @@ class Counters:
 
 
 class SlotOwner:
-    """The slots of one index that one owner holds, their positions, and the keys whose last write is unsure.
+    """The slots of one index that one owner has, their positions, and the keys whose last write is unsure.
 
-    Run a method that returns `Steps` to its end before you begin the next one.
+    A method that returns `Steps` must run to its end before the next one begins.
     """
 
     def __init__(
@@ -80,10 +84,10 @@ class SlotOwner:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all slots, as a crash would: the next owner settles them."""
+        """Forget all slots. As after a crash, the next owner settles them."""
         self.epochs: dict[int, int] = {}
         self._groups: list[SlotGroup] = []
-        self._unsure: dict[FactKey, bool] = {}  # whether the call may yet land
+        self._unsure: dict[FactKey, bool] = {}  # True if an unanswered call may still land
         self._late: dict[FactKey, Parked] = {}
         self._filled = False
         self._marked = False
@@ -92,13 +96,13 @@ class SlotOwner:
 
     @property
     def due_at(self) -> float:
-        """When a step is needed though nothing was committed."""
+        """The time when the next step is needed, even if nothing is committed until then."""
         return min(self._renew_at, self._save_at) if self._has_unsaved() else self._renew_at
 
     # -- the lease ---------------------------------------------------------------------------------------------------
 
     def keep(self) -> Steps[bool]:
-        """Renew the lease if half of it is over, or claim free slots; return whether that was needed."""
+        """Renew the lease, or claim slots, if half of the lease is over. Return whether that was necessary."""
         now = self._clock()
         if now < self._renew_at:
             return False
@@ -109,7 +113,7 @@ class SlotOwner:
         return True
 
     def release(self) -> Steps[None]:
-        """Let others claim the slots at once."""
+        """Release all slots, so that other owners can claim them at once."""
         if self._late:
             yield from self._redirty()
         yield from self._give_up(set(self.epochs), leave=True)
@@ -143,7 +147,7 @@ class SlotOwner:
         self._groups = list(groups.values())
 
     def _give_up_surplus(self) -> Steps[None]:
-        """Give up the slots that exceed our share, the furthest first. Unsettled slots stay."""
+        """Release the slots beyond our share, beginning with the highest positions. Unsettled slots stay."""
         settled = [
             (group.position.floor, slot)
             for group in self._groups
@@ -169,7 +173,10 @@ class SlotOwner:
         return {slot for group in self._groups if group.unsettled_until is not None for slot in group.slots}
 
     def _lose(self, slots: set[int]) -> Steps[None]:
-        """Drop *slots*, which another owner has taken. Our late writes may follow its writes: it repeats those keys."""
+        """Drop *slots*, which another owner has taken.
+
+        Our late writes may reach the index after its writes, so the new owner must repeat these keys.
+        """
         if not slots:
             return
         self.counters.lost += len(slots)
@@ -186,7 +193,7 @@ class SlotOwner:
         self._late.clear()
 
     def _repeats(self, slots: Collection[int], why: str) -> dict[FactKey, Parked]:
-        """The unsure keys of *slots*, as the next owner finds them."""
+        """The unsure keys of *slots*, as parked keys for the next owner."""
         return {
             fact: Parked(0, 0.0, ParkedState.AGAIN, why, deliver_again=may_land)
             for fact, may_land in self._unsure.items()
@@ -203,7 +210,7 @@ class SlotOwner:
         return slot_of(*fact) % self._slot_count
 
     def _is_held_since(self, epochs: Mapping[int, int]) -> Callable[[FactKey], bool]:
-        """A test of keys: whether we have held the slot of a key without a break since *epochs* were read."""
+        """A function that tells whether we have had the slot of a key without a break since *epochs* were read."""
         if self.epochs == epochs:
             return lambda _: True
         kept = {slot for slot, epoch in epochs.items() if self.epochs.get(slot) == epoch}
@@ -212,7 +219,7 @@ class SlotOwner:
     # -- positions ---------------------------------------------------------------------------------------------------
 
     def save(self) -> Steps[None]:
-        """Record the positions that changed."""
+        """Record the positions that have changed."""
         positions = self._unsaved_positions()
         if positions:
             yield from self._acknowledge(
@@ -220,7 +227,7 @@ class SlotOwner:
             )
 
     def _save_in_time(self, renewed: bool) -> Steps[None]:
-        """Save every change with each renewal of the lease. Save passed entries before long."""
+        """Save all changed positions when the lease is renewed, and positions that have passed entries sooner."""
         if renewed or (self._clock() >= self._save_at and self._has_unsaved()):
             yield from self.save()
 
@@ -228,7 +235,7 @@ class SlotOwner:
         return any(group.is_unsaved for group in self._groups)
 
     def _unsaved_positions(self, move: Move | None = None) -> dict[int, Position]:
-        """The position of each slot that is not recorded, as it will be after *move*."""
+        """The unrecorded positions by slot, as they will be after *move*."""
         positions = (
             (group, move.position if move is not None and group is move.group else group.position)
             for group in self._groups

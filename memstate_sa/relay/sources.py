@@ -1,4 +1,4 @@
-"""The pages of dirty keys that the protocol converges, by the place that they are from. Pure."""
+"""The pages of keys that the protocol delivers, one class for each source. This module is pure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from memstate_sa.relay.slot_owner import Move, SlotGroup
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A page of keys: of parked ones whose time has come, or of a place that has a class below.
+    """A page of keys. This class is for parked keys that are due; the subclasses are for the other sources.
 
-    ``foreign``: keys of entities that we do not deliver. ``intents``: keys that a strict transaction may be writing.
-    ``listed``: the content that the index itself lists for keys. ``following`` reads the next page of the same place;
-    None when there is none.
+    - ``foreign``: keys of entities that we do not deliver.
+    - ``intents``: keys that a strict transaction may be writing.
+    - ``listed``: the content of keys, as the index itself lists it.
+    - ``following``: reads the next page of the same source, or None if there is none.
     """
 
     facts: Sequence[FactKey]
@@ -33,7 +34,7 @@ class Source:
 
     @property
     def beginning(self) -> object:
-        """The place where the page begins. A page that was read ahead has its turn when its place is reached."""
+        """The place where the page begins. It identifies a page that was read ahead when its turn comes."""
         return None
 
     @property
@@ -47,13 +48,13 @@ class Source:
         return None
 
     def doubted(self, unsure: Collection[FactKey], state: PageState) -> Collection[FactKey]:
-        """The keys about which the ledger is not believed: the index may hold anything for them."""
+        """The keys for which the ledger is not trusted, because the index may hold any content for them."""
         return {*unsure, *state.parked, *self.intents}
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutboxPage(Source):
-    """Keys that were changed after the position of a group of slots, up to ``end``."""
+    """The keys that were changed after the position of a group of slots, up to ``end``."""
 
     group: SlotGroup
     slots: frozenset[int]
@@ -74,7 +75,7 @@ class OutboxPage(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class RefillPage(Source):
-    """The next rows of an entity, or the next points of the index itself, in a delivery in full."""
+    """The next rows of an entity, or the next points of the index itself, during a refill."""
 
     start: Refill
     end: Refill

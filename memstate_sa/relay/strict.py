@@ -1,8 +1,8 @@
-"""Strict delivery: the indexes are written before COMMIT, and their failure vetoes it.
+"""Strict delivery: the indexes are written before COMMIT, and their failure prevents it.
 
-That transaction may still roll back. So first an intent is made durable where a rollback does not reach: "the points of
-these keys are not known". When the transaction has ended, however it ends, the relay finds the intent and converges its
-keys. Until then searches go by the fingerprint, and do not show rows that SQL lacks.
+The transaction may still roll back after that. So an intent is recorded first, in a place that no rollback can reach.
+It says that the points of these keys are uncertain. When the transaction has ended in any way, the relay finds the
+intent and delivers its keys. Until then, searches compare fingerprints, and so they do not show rows that SQL lacks.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from memstate_sa.tracking.registry import Registry
 logger = printable_logger("memstate_sa.strict")
 
 LOCK_TIMEOUT_S = 10.0
-"""The longest wait for a lock that an intent cannot get. The transaction that it announces may hold that lock."""
+"""The longest wait of an intent for a lock. The transaction that it announces may have that lock itself."""
 
 _txs = unnest_strings("txs")
 
-# From the log, which has an index on tx. A SAVEPOINT that rolled back took its entries with it: these keys are locked.
+# Read from the log, which has an index on tx. Entries of a SAVEPOINT that rolled back are gone. The keys are locked.
 _changed = (
     select(log.c.entity, log.c.key)
     .where(log.c.tx.in_(select(_txs.c.value)), log.c.op != "baseline")
@@ -71,7 +71,7 @@ class Strict:
         blocking: Callable[[Engine], Engine],
         wake: Callable[[Engine], None],
     ) -> None:
-        """*blocking* makes an engine that a thread can use of an asynchronous one. *wake* is called for due intents."""
+        """*blocking* returns a synchronous engine for an asynchronous one. *wake* is called when intents are due."""
         self._registry = registry
         self._destinations = destinations
         self._blocking = blocking
@@ -87,10 +87,10 @@ class Strict:
     # -- the transaction ---------------------------------------------------------------------------------------------
 
     def write(self, session: Session, transaction: OpenTransaction) -> None:
-        """Write the rows of *transaction* to the indexes. It is flushed and about to commit.
+        """Write the rows of *transaction* to the indexes. The transaction is flushed and about to commit.
 
-        The transaction is rolled back at once when anything fails. Raises DeliveryError when an index or the embedder
-        fails, or an intent cannot be recorded.
+        It is rolled back at once if anything fails. Raises DeliveryError if an index or the embedder fails, or if the
+        intent cannot be recorded.
         """
         try:
             self._write(transaction)
@@ -102,16 +102,16 @@ class Strict:
     def _write(self, transaction: OpenTransaction) -> None:
         connection = transaction.written_on
         assert connection is not None
-        # A cancelled commit does not stop a call in a thread: it may still land, and the intent stands.
+        # Cancelling the commit does not stop a call in a thread. The call may still land, and the intent remains.
         call = call_in_thread if connection.dialect.is_async else call_directly
         with transaction.writing():
             txs = as_array({transaction.tx, *transaction.txs})
-            classes = self._registry.by_entity  # triggers of another Memory may have logged under our transaction
+            classes = self._registry.by_entity  # our transaction may have entries by triggers of another Memory
             changed = connection.execute(_changed, {"txs": txs}).all()
             facts = [(entity, key) for entity, key in changed if entity in classes]
             if not facts:
                 return
-            # All that can fail without a trace comes before the intent, which costs the relay some work.
+            # First do all that may fail without writing, because an intent costs the relay some work.
             facts_of = {
                 name: [fact for fact in facts if name in classes[fact[0]].indexes] for name in self._destinations
             }
@@ -130,7 +130,7 @@ class Strict:
             points: list[Point] = []
             projections, vectors_by_text = contents[self._destinations[name].vectors]
             for fact in facts_of[name]:
-                # A relay that claims the slot later has a higher epoch: it is not overwritten, and delivers the key.
+                # A relay that claims the slot later has a higher epoch, so we cannot overwrite its points.
                 epoch = slot_epochs.epochs.get(slot_of(*fact) % slot_count, 0)
                 projection = projections.get(fact)
                 if projection is None:
@@ -144,10 +144,10 @@ class Strict:
     def _embedded(
         self, connection: Connection, facts: Sequence[FactKey], vectors: Vectors, call: Call
     ) -> tuple[dict[FactKey, Projection], dict[str, Vector]]:
-        """The projections of *facts*, as their transaction sees them, and the vectors by text fingerprint.
+        """The projections of *facts* in their transaction, and the vectors by text fingerprint.
 
-        A blank text has none. New vectors are remembered in this process, not stored: two transactions that store the
-        same one would wait for each other.
+        A blank text has no vector. New vectors are kept in this process, and not stored in the database. Otherwise two
+        transactions that store the same vector would wait for each other.
         """
         projections: dict[FactKey, Projection] = {}
         for entity, keys in by_entity(facts).items():
@@ -158,9 +158,9 @@ class Strict:
                 if row.fingerprint is not None:
                     projections[entity, row.key] = row
         texts = {p.text_fingerprint: p.text for p in projections.values() if p.text_fingerprint and p.text}
-        known = cache.known(connection, vectors, texts)
-        missing = {digest: text for digest, text in texts.items() if digest not in known}
-        return projections, known | call(vectors.embed, missing, remember=True)
+        cached = cache.known(connection, vectors, texts)
+        missing = {digest: text for digest, text in texts.items() if digest not in cached}
+        return projections, cached | call(vectors.embed, missing, remember=True)
 
     def _open(self, names: Collection[str]) -> dict[str, IndexKey]:
         return {name: IndexKey(name, guarded(self._destinations[name].open, f"index {name!r}")) for name in names}
@@ -191,7 +191,7 @@ class Strict:
         keys: Mapping[str, IndexKey],
         call: Call,
     ) -> dict[str, claims.SlotEpochs]:
-        """Make the intent durable. Returns the claims on the slots of each index after that."""
+        """Record the intent durably. Return the epochs of each index's slots, which are read after that."""
         try:
             if not database_of(connection).has_one_writer:
                 xid: str = connection.execute(_read_xid).scalar_one()
@@ -200,26 +200,28 @@ class Strict:
             journal = self._journal(connection)
             transaction.has_intents = True
             call(journal.write, transaction.tx, facts)
-            add_intents(connection, transaction.tx, facts)  # if this commits, they are delivered with it
+            add_intents(connection, transaction.tx, facts)  # if the transaction commits, the outbox has them at once
             return {name: claims.read_slot_epochs(connection, key) for name, key in keys.items()}
         except (OSError, SQLAlchemyError) as error:
-            raise DeliveryRetryable(f"the intent was not recorded: {type(error).__name__}") from error
+            raise DeliveryRetryable(
+                f"Cannot commit: the intent of a strict delivery was not recorded ({type(error).__name__}). Try again."
+            ) from error
 
     def _announce_apart(
         self, engine: Engine, xid: str, tx: str, facts: Sequence[FactKey], keys: Mapping[str, IndexKey]
     ) -> dict[str, claims.SlotEpochs]:
-        """Commit the intent at once, under the xid of its transaction (PostgreSQL).
+        """Commit the intent on another connection, under the xid of its transaction (PostgreSQL).
 
-        No position passes it before that transaction ends.
+        So no position can pass the intent before that transaction ends.
         """
         with self._separate(engine).begin() as connection:
             database_of(connection).limit_transaction(connection, LOCK_TIMEOUT_S)
             add_intents(connection, tx, facts, the_xid=xid)
-            # Read here: the transaction itself may look at an older snapshot.
+            # Read them on this connection, because the transaction itself may have an older snapshot.
             return {name: claims.read_slot_epochs(connection, key) for name, key in keys.items()}
 
     def committed(self, transaction: OpenTransaction) -> None:
-        """The intent of *transaction* was committed with it, unless a transaction around it is still open (SQLite)."""
+        """Drop the intent of *transaction*, which has committed. On SQLite, an outer transaction may keep it open."""
         if transaction.has_intents:
             assert transaction.written_on is not None
             journal = self._journals.get(transaction.written_on.engine)
@@ -230,7 +232,7 @@ class Strict:
                 journal.drop(transaction.tx)
 
     def ended(self, transaction: OpenTransaction) -> None:
-        """Leave the intent of *transaction* to the relay: its transaction has ended."""
+        """Leave the intent of *transaction* to the relay, because the transaction has ended."""
         if transaction.has_intents:
             assert transaction.written_on is not None
             transaction.has_intents = False
@@ -243,13 +245,13 @@ class Strict:
     # -- SQLite ------------------------------------------------------------------------------------------------------
 
     def watch(self, engine: Engine) -> None:
-        """Look for the intents of ended transactions, of any process, whenever *engine* is used."""
+        """Look for intents of ended transactions of any process, whenever *engine* is used."""
         if database_of(engine).has_one_writer and engine not in self._watched:
             self._watched.add(engine)
             listening.listen(engine, "engine_connect", self._connected)
 
     def stop(self) -> None:
-        """Watch no engine any more."""
+        """Stop watching all engines."""
         for engine in list(self._watched):
             listening.stop(engine, "engine_connect", self._connected)
         self._watched.clear()
@@ -265,12 +267,12 @@ class Strict:
         return journal
 
     def intended(self, engine: Engine) -> set[FactKey]:
-        """The keys of all intents on SQLite. Elsewhere the outbox has them."""
+        """The keys of all intents on SQLite. On PostgreSQL the outbox has them."""
         journal = self._journals.get(engine)
         return set() if journal is None else journal.facts()
 
     def _recover(self, engine: Engine) -> None:
-        """Turn the intents of ended transactions into entries of the outbox, or leave them while another writes."""
+        """Turn the intents of ended transactions into outbox entries, unless another transaction is writing."""
         journal = self._journals.get(engine)
         if journal is None or not self._recovering.acquire(blocking=False):
             return
@@ -278,15 +280,15 @@ class Strict:
             if not journal.is_empty:
                 journal.replay(engine if isinstance(journal, IntentsInMemory) else self._separate(engine))
         except (OSError, SQLAlchemyError) as error:
-            logger.debug("intents are left for later: %s", type(error).__name__)
+            logger.debug("Intents stay for later (%s).", type(error).__name__)
         finally:
             self._recovering.release()
 
 
 def _roll_back(session: Session) -> None:
-    """Roll back now, as a flush does that fails: an event of a commit cannot call rollback().
+    """Roll back like a failed flush, because a commit event cannot call rollback().
 
-    The Session asks for its rollback() before it is used again.
+    The Session then demands a rollback() before it can be used again.
     """
     transaction = session._transaction  # noqa: SLF001
     assert transaction is not None

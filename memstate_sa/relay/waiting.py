@@ -1,4 +1,4 @@
-"""Wait until indexes have what a transaction changed."""
+"""Wait until the indexes have the changes of a transaction."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from memstate_sa.tracking.projection import Projection
 from memstate_sa.tracking.tracked import Tracked
 
 _FEW = 1000
-"""The most keys that are looked up in the ledger. It is written at once; positions are not."""
+"""The greatest number of keys that are looked up in the ledger, which is newer than the recorded positions."""
 
 _PATIENCE_S = 1.0
-"""The interval of the checks that take longer."""
+"""The interval between the slower checks."""
 
 
 def wait_for(
@@ -39,20 +39,22 @@ def wait_for(
     destinations: Mapping[str, tuple[Destination, Mapping[str, Tracked]]],
     timeout: float,
 ) -> None:
-    """Return when all *destinations*, by name and with the entities that each has, have what *txs* changed.
+    """Wait until all *destinations* have the changes of *txs*. They are given by name, with their tracked classes.
 
-    Raises DeliveryError after *timeout* seconds, or when an index refused a key for good.
+    Raises DeliveryError after *timeout* seconds, or when an index has refused a key too often.
     """
     deadline = time.monotonic() + timeout
     for tx in txs:
         waits = [_IndexWait(name, destination, tracked, tx) for name, (destination, tracked) in destinations.items()]
         for wait in _unfinished(engine, tx, waits):
             if time.monotonic() > deadline:
-                raise DeliveryError(f"not in index {wait.name!r} within {timeout:g} s; is a relay running?")
+                raise DeliveryError(
+                    f"The changes have not reached index {wait.name!r} within {timeout:g} s. Is a relay running?"
+                )
 
 
 def _unfinished(engine: Engine, tx: str, waits: Sequence[_IndexWait]) -> Iterator[_IndexWait]:
-    """Yield one of the waits that go on after each look, until none does."""
+    """Check repeatedly, and yield one of the unfinished waits after each check, until all are over."""
     with engine.connect() as connection:
         facts = _keys_of(connection, tx)
     pause, look_again = 0.001, time.monotonic() + _PATIENCE_S
@@ -64,7 +66,7 @@ def _unfinished(engine: Engine, tx: str, waits: Sequence[_IndexWait]) -> Iterato
             for wait in waits:
                 wait.look_for_index()
         with engine.connect() as connection:
-            # The row of a key that goes on changing is never the one that was delivered last.
+            # Late checks compare positions too: a key that changes all the time never equals its last delivery.
             waits = [
                 wait
                 for wait in waits
@@ -72,7 +74,7 @@ def _unfinished(engine: Engine, tx: str, waits: Sequence[_IndexWait]) -> Iterato
             ]
         if waits:
             yield waits[0]
-            time.sleep(max(pause, time.monotonic() - began))  # behind a long backlog a look takes its time
+            time.sleep(max(pause, time.monotonic() - began))  # behind a long backlog, a check takes longer
             pause = min(pause * 1.5, 0.05)
 
 
@@ -94,8 +96,8 @@ _refused = (
 
 @cache
 def _undelivered(database: Database) -> Any:
-    mine = and_(outbox.c.tx == bindparam("tx"), in_slots(database, outbox.c.slot))
-    return select(undelivered(database, literal(1), where=mine))
+    of_tx = and_(outbox.c.tx == bindparam("tx"), in_slots(database, outbox.c.slot))
+    return select(undelivered(database, literal(1), where=of_tx))
 
 
 @dataclass
@@ -117,9 +119,9 @@ class _IndexWait:
             self.index = IndexKey(self.name, self.destination.open())
 
     def is_over(self, connection: Connection, facts: Collection[FactKey] | None) -> bool:
-        """Whether the index has *facts* as they are now, or, without them, all changes of the transaction.
+        """Whether the index has the present rows of *facts*, or with None all changes of the transaction.
 
-        Raises DeliveryError for a key that it refused for good.
+        Raises DeliveryError for a key that the index has refused too often.
         """
         pending, refused = False, [] if facts is None else self._refused(connection)
         if facts is None or any(row.state == ParkedState.DEAD for row in refused):
@@ -128,7 +130,9 @@ class _IndexWait:
             refused = self._refused(connection)
         dead = next((row for row in refused if row.state == ParkedState.DEAD), None)
         if dead is not None and not pending:
-            raise DeliveryError(f"index {self.name!r} refused {dead.entity} {dead.key}: {dead.error}")
+            raise DeliveryError(
+                f"Index {self.name!r} refused {dead.entity} {dead.key}: {dead.error}. See Relay.dead()."
+            )
         if refused:
             return False
         if facts is None:
@@ -151,7 +155,7 @@ class _IndexWait:
         return connection.execute(_refused, {**self.index.parameters(), "tx": self.tx}).all()
 
     def _is_pending(self, connection: Connection) -> bool:
-        """Whether there are entries of the transaction after the recorded positions: perhaps it walks the backlog."""
+        """Whether the transaction has entries after the recorded positions. This may read the whole backlog."""
         database = database_of(connection)
         positions = read_positions(connection, self.index) or {BEGINNING: list(slots(database))}
         return any(

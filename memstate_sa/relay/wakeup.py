@@ -1,7 +1,7 @@
-"""News of commits, before the next poll of a relay. All of it may fail: a poll finds every commit.
+"""Messages about commits, which wake relays before their next poll. They may get lost: a poll finds every commit.
 
-PostgreSQL: NOTIFY inside the application's transactions would have their commits wait for each other, cluster-wide; so
-a thread sends it, from a connection of its own, once for all commits of the last milliseconds.
+On PostgreSQL, a NOTIFY inside the application's transactions would make all commits of the cluster wait for each other.
+So a thread sends it on its own connection, once for all commits of the last milliseconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _RETRY_S = 5.0
 
 
 def _own_connection(engine: Engine) -> Connection:
-    """An autocommitting connection outside the application's pool, which may be exhausted."""
+    """A connection in autocommit mode. It is not from the application's pool, which may be exhausted."""
     connection = with_separate_pool(engine).connect()
     try:
         connection.execution_options(isolation_level="AUTOCOMMIT").detach()
@@ -43,7 +43,7 @@ def _own_connection(engine: Engine) -> Connection:
 
 
 class Notifier:
-    """Tells relays of other processes about commits. Its thread ends when there are none."""
+    """Tells relays of other processes about commits. Its thread ends after a while without commits."""
 
     def __init__(self) -> None:
         self._closed = False
@@ -51,7 +51,7 @@ class Notifier:
         forks.in_child(self, Notifier._begin)
 
     def _begin(self) -> None:
-        """Begin, in a forked child again: it needs its own thread, and the parent's relay must hear of its commits."""
+        """Begin without a thread, also in a forked child. A new name lets the parent's relay see its messages."""
         self.name = uuid4().hex
         self._lock = threading.Lock()
         self._has_news = threading.Event()
@@ -59,11 +59,11 @@ class Notifier:
         self._thread: threading.Thread | None = None
 
     def open(self) -> None:
-        """Go on after `close`."""
+        """Accept commits again after `close`."""
         self._closed = False
 
     def committed(self, engine: Engine) -> None:
-        """Costs the caller no I/O."""
+        """Pass a commit on to the thread. The caller waits for no I/O."""
         if self._closed:
             return
         with self._lock:
@@ -98,8 +98,8 @@ class Notifier:
                         if engine not in connections:
                             connections[engine] = _own_connection(engine)
                         connections[engine].execute(select(func.pg_notify(CHANNEL, self.name)))
-                    except Exception as error:  # noqa: BLE001  # the relays poll, whatever it is
-                        logger.debug("no NOTIFY: %s", type(error).__name__)
+                    except Exception as error:  # noqa: BLE001  # the relays poll anyway
+                        logger.debug("Could not send NOTIFY (%s).", type(error).__name__)
                         _close(connections.pop(engine, None))
                         if self._has_news.wait(_RETRY_S) and self._closed:
                             return
@@ -116,9 +116,9 @@ def _close(connection: Connection | None) -> None:
 
 
 class Listener:
-    """Calls *wake* for every NOTIFY of other notifiers than *own_notifier*. It needs PostgreSQL and psycopg.
+    """Calls *wake* for every NOTIFY, except from *own_notifier*. It needs PostgreSQL and psycopg.
 
-    Through a pooler in transaction mode LISTEN hears nothing.
+    LISTEN does not work through a connection pooler in transaction mode.
     """
 
     def __init__(self, engine: Engine, wake: Callable[[], None], own_notifier: Notifier | None = None) -> None:
@@ -133,7 +133,7 @@ class Listener:
             self._thread.start()
 
     def left_to_parent(self) -> None:
-        """Close the copies of the sockets in a forked child, and wake no relay."""
+        """Close the child's copies of the sockets after a fork, and listen no more."""
         if self._thread is not None:
             self._thread = None
             self._stop_sender.close()
@@ -154,10 +154,10 @@ class Listener:
             try:
                 with contextlib.closing(_own_connection(self._engine)) as connection:
                     connection.execute(text(f"LISTEN {CHANNEL}"))
-                    self._wake()  # of what was committed before it listened
+                    self._wake()  # for commits before LISTEN
                     self._listen(connection.connection.dbapi_connection)  # detached: it has no driver_connection
             except (SQLAlchemyError, OSError, self._engine.dialect.loaded_dbapi.Error) as error:
-                logger.debug("not listening: %s", type(error).__name__)
+                logger.debug("Could not LISTEN (%s).", type(error).__name__)
             self._stopping.wait(_RETRY_S)
 
     def _listen(self, driver: Any) -> None:
@@ -174,7 +174,7 @@ class Listener:
 
 
 def _keep_alive(descriptor: int) -> None:
-    """Find out within a minute that the server is gone. A listener sends nothing that would fail."""
+    """Make the system notice within a minute that the server is gone. A listener sends nothing that could fail."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
@@ -183,17 +183,17 @@ def _keep_alive(descriptor: int) -> None:
 
 
 class Changes:
-    """Whether another connection has committed since the last look.
+    """Tells whether another connection has committed since the last check.
 
-    SQLite answers with PRAGMA data_version, a few microseconds on a connection that does nothing else; elsewhere every
-    poll has to look.
+    SQLite answers with PRAGMA data_version, in a few microseconds on a connection that does nothing else. PostgreSQL
+    has no such check, so every poll must read the outbox.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._connection: Any = None
         self._version: int | None = None
-        forks.in_child(self, Changes.close)  # SQLite believes that the child has the locks of the parent's connection
+        forks.in_child(self, Changes.close)  # SQLite would take the locks of the parent's connection for the child's
 
     def seen(self) -> bool:
         if not database_of(self._engine).runs_in_process:
@@ -205,7 +205,7 @@ class Changes:
         try:
             if self._connection is None:
                 self._connection = self._engine.connect()
-                self._connection.detach()  # not one of the application's pool
+                self._connection.detach()  # so that it does not count in the application's pool
             version: int = self._connection.execute(_DATA_VERSION).scalar_one()
             self._connection.rollback()
         except SQLAlchemyError:

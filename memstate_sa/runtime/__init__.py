@@ -1,1 +1,1 @@
-"""The process we run in: forks, listeners, warnings, log lines. Nothing here knows a database."""
+"""The process: forks, listeners, warnings, log lines. This folder does not know databases."""

@@ -1,4 +1,4 @@
-"""How to make a call that may take long: at once, in a thread while the event loop goes on, or beside other work."""
+"""Ways to make a slow call: directly, in a thread while the event loop runs, or in a thread beside other work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def call_directly(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs
 
 
 def call_in_thread(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call *function* in a thread, while the event loop goes on. A cancelled task does not stop the call."""
+    """Call *function* in a thread, while the event loop runs other tasks. A cancelled task does not stop the call."""
     import asyncio
 
     from sqlalchemy.util import await_only
@@ -31,7 +31,7 @@ def call_in_thread(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwarg
 
 
 def call_beside(function: Callable[[], R], name: str) -> Future[R]:
-    """Call *function* in a thread, while the caller does other work. That thread does not keep the process alive."""
+    """Call *function* in a thread, while the caller does other work. The thread does not keep the process alive."""
     call: Future[R] = Future()
 
     def run() -> None:

@@ -1,7 +1,7 @@
-"""What a forked child must not share with its parent: connections, threads, names, and locks that a thread may hold.
+"""Forks: a child must not share connections, threads, names and locks with its parent.
 
 gunicorn --preload, uWSGI and multiprocessing fork a process that has relays and pools. Each object that cannot be used
-in two processes says here how a child renews its copy.
+in two processes registers here how a child renews its copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _left_to_parent: list[Any] = []
 def in_child(thing: T, renew: Callable[[T], None]) -> None:
     """Call ``renew(thing)`` in every child that is forked while *thing* lives.
 
-    *renew* must not refer to *thing*, which would then live for ever.
+    *renew* must not refer to *thing*, or *thing* would live forever.
     """
     _renewals[thing] = renew
 
@@ -33,7 +33,7 @@ def leave_to_parent(thing: Any) -> None:
 
 
 class _Gate:
-    """Lets threads in, unless the process forks just now."""
+    """Lets threads in, except during a fork."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -67,7 +67,7 @@ class _Gate:
             self._changed.notify_all()
 
     def renew(self) -> None:
-        """In the child, which has this thread alone."""
+        """Renew the gate in the child, which has only this thread."""
         me = threading.get_ident()
         self._changed, self._is_forking = threading.Condition(), False
         self._inside = [thread for thread in self._inside if thread == me]
@@ -76,10 +76,10 @@ class _Gate:
 _PATIENCE_S = 5.0
 _gate = _Gate()
 uninterrupted = _gate.inside
-"""A fork waits for what is done in ``with uninterrupted():``, a few seconds at most.
+"""Makes a fork wait until the block ``with uninterrupted():`` ends, for a few seconds at most.
 
-SQLite keeps its locks by process. A child that is forked in the middle of another thread's transaction believes for
-ever that it has that transaction's locks.
+SQLite records its locks per process. A child that is forked during another thread's transaction would believe forever
+that it has the locks of that transaction.
 """
 
 

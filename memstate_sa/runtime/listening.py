@@ -1,10 +1,10 @@
-"""Listeners that come and go while other threads work.
+"""Listeners that are added and removed while other threads work.
 
-SQLAlchemy's own collections must not change while another thread goes through them. So what is registered on a target
-stays there, and what it calls is replaced as a whole: one hub for each event, for all Memories together.
+SQLAlchemy's collections of listeners must not change while another thread iterates over them. So all Memories share one
+hub for each event of a target. The hub stays registered, and its tuple of functions is replaced as a whole.
 
-A listener of ``do_orm_execute`` runs the later ones itself, by what it is given, and answers for all of them. So each
-Memory has a place of its own there, which the next Memory takes when it is free.
+A hub cannot serve ``do_orm_execute``, because a listener there calls the later listeners itself and returns their
+result. So each Memory has a place of its own there. The next Memory takes a place that is free.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ANSWERED = "do_orm_execute"
 
 
 def listen(target: Any, name: str, function: Function, **options: Any) -> None:
-    """Call *function* at each event *name* of *target*, until `stop`. Only ``do_orm_execute`` heeds what it returns."""
+    """Call *function* at each event *name* of *target*, until `stop`. Only ``do_orm_execute`` uses its result."""
     with _changing:
         if name == _ANSWERED:
             _take_place(target, function)
@@ -71,12 +71,12 @@ def _take_place(target: Any, function: Function) -> None:
 
 
 def _is_over(function: Function) -> bool:
-    """Whether it has nothing to call any more."""
+    """Whether the object behind *function* is gone, so that it does nothing any more."""
     return getattr(function, "is_over", False)
 
 
 def stop(target: Any, name: str, function: Function) -> None:
-    """Do not call *function* any more."""
+    """Stop calling *function*."""
     with _changing:
         for place in _places.get(target, ()) if name == _ANSWERED else ():
             if place.function == function:

@@ -1,4 +1,4 @@
-"""Text that came from outside, made safe to show: a label or a key must not drive the terminal that prints it."""
+"""Makes foreign text safe to print: a label or a key must not control the terminal."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-
 def printable(text: str, *, keep: str = "") -> str:
     r"""*text* with its control characters as ``\u001b``, except those in *keep*.
 
-    The escapes are those of JSON, so JSON text still means the same.
+    JSON has the same escapes, so JSON text keeps its meaning.
     """
     return _CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\u{ord(match[0]):04x}", text)
 
 
 class _PrintableRecord(logging.Filter):
-    """Escape the control characters of what a record interpolates, and of its traceback; its template is ours."""
+    """Escape control characters in a record's arguments and traceback. Its template has none, as it is ours."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
@@ -26,13 +26,13 @@ class _PrintableRecord(logging.Filter):
                 printable(str(value)) if isinstance(value, str | BaseException) else value for value in record.args
             )
         if record.exc_info:
-            # A formatter takes this text for the traceback, where it is set.
+            # If this text is set, a formatter uses it as the traceback.
             record.exc_text = printable(logging.Formatter().formatException(record.exc_info), keep="\n\t")
         return True
 
 
 def printable_logger(name: str) -> logging.Logger:
-    """The logger *name*, whose records hold no control characters that came from data."""
+    """The logger *name*. Its records contain no control characters from data."""
     logger = logging.getLogger(name)
     if not any(isinstance(known, _PrintableRecord) for known in logger.filters):
         logger.addFilter(_PrintableRecord())

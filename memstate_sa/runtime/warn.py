@@ -1,4 +1,4 @@
-"""Warnings that point at the application's line, however many frames of ours and SQLAlchemy's are in between."""
+"""Warnings that point at the application's line, and not at the frames of memstate_sa and SQLAlchemy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from types import FrameType
 import sqlalchemy
 
 _INSIDE = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(sqlalchemy.__file__).parent))
-"""The folders whose frames are passed by."""
+"""The folders whose frames are skipped."""
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn about the line outside of memstate_sa and SQLAlchemy that led here."""
+    """Warn about the nearest calling line outside of memstate_sa and SQLAlchemy."""
     frame = next((frame for frame in _frames() if not _is_inside(frame)), None)
     if frame is None:
         warnings.warn(message, category, stacklevel=2)
@@ -33,7 +33,7 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def _is_inside(frame: FrameType) -> bool:
-    """SQLAlchemy also runs code that it generates, which has no file; so has an interactive application."""
+    """Whether *frame* is ours or SQLAlchemy's. Code that SQLAlchemy generates has no file, like a Python prompt."""
     file = frame.f_code.co_filename
     return file.startswith(_INSIDE) or (file.startswith("<") and frame.f_globals.get("__name__") != "__main__")
 
@@ -43,7 +43,7 @@ def _frames() -> Iterator[FrameType]:
     parents = _greenlet_parents()
     while frame is not None:
         yield frame
-        # An AsyncSession works in a greenlet, whose first frame has none before it: the caller is in its parent.
+        # An AsyncSession works in a greenlet. Its first frame has no caller: that is in the parent greenlet.
         frame = frame.f_back or next(parents, None)
 
 

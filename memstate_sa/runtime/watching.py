@@ -1,7 +1,7 @@
-"""Watchers of the statements of engines, at a fifth of the price of an engine event.
+"""Watchers of an engine's statements, at a fifth of the cost of an engine event.
 
-SQLAlchemy prepares much for an event before it asks whether anybody listens to it: a SELECT by primary key takes 10 %
-longer. `ExecutionContext.pre_exec` is called for each statement anyway.
+An event makes SQLAlchemy prepare much for each statement: a SELECT by primary key takes 10 % longer. The method
+`ExecutionContext.pre_exec` is called for each statement anyway.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from contextlib import suppress
 from typing import Any
 
 Watcher = Callable[[Any], None]
-"""It is given the ExecutionContext of a statement that is about to be sent, and may raise."""
+"""It takes the ExecutionContext of a statement that is about to be sent, and may raise."""
 
 _changing = threading.Lock()
 
 
 class _Watched:
-    """What the ExecutionContext class of a dialect gets before its other bases."""
+    """A mixin that `watch` puts in front of the ExecutionContext class of a dialect."""
 
     watchers: tuple[Watcher, ...] = ()
 
@@ -29,13 +29,13 @@ class _Watched:
             for watcher in self.watchers:
                 watcher(context)
         except BaseException:
-            with suppress(Exception):  # an interrupt has closed the connection, too
-                context.cursor.close()  # as SQLAlchemy does where a listener raises
+            with suppress(Exception):  # after an interrupt, the connection is closed already
+                context.cursor.close()  # SQLAlchemy does the same when a listener raises
             raise
 
 
 def watch(dialect: Any, watcher: Watcher) -> None:
-    """Show *watcher* each statement of the engines that have *dialect*, until `unwatch`. Idempotent."""
+    """Call *watcher* for each statement of the engines that have *dialect*, until `unwatch`. Idempotent."""
     with _changing:
         kind = dialect.execution_ctx_cls
         if not issubclass(kind, _Watched):

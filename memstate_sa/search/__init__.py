@@ -1,1 +1,1 @@
-"""The read path: search now, and as of a moment."""
+"""The read path: search in the present, and as of a moment."""

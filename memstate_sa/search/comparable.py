@@ -1,7 +1,7 @@
-"""What a criterion compares in the database: how a column is stored, and the value that is sent for a parameter.
+"""The values that the database compares for a criterion: how a column is stored, and the value of a parameter.
 
-A model says how a column should be stored. A collation, an extension or an older migration may have made it otherwise,
-and then the database finds other rows than an index filter does. So the database itself is asked, once per pool.
+A model says how a column should be stored. A collation, an extension or an older migration may have changed that, and
+then the database finds other rows than an index filter. So the database itself is asked, once per pool.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from memstate_sa.db.raw_values import RAW
 from memstate_sa.indexes.base import Scalar
 
 Kind: TypeAlias = type[str] | type[int] | type[bool]
-"""How a column compares: as text by its code points, as whole numbers, or as booleans."""
+"""The way a column is compared: as text by code points, as whole numbers, or as booleans."""
 
 _KINDS: Mapping[type[TypeEngine[Any]], Kind] = {
     **dict.fromkeys((String, Text, sqltypes.Unicode, sqltypes.UnicodeText, sqltypes.VARCHAR, sqltypes.TEXT), str),
@@ -44,7 +44,7 @@ _KINDS: Mapping[type[TypeEngine[Any]], Kind] = {
     **dict.fromkeys((sqltypes.INTEGER, sqltypes.SMALLINT, sqltypes.BIGINT), int),
     **dict.fromkeys((Boolean, sqltypes.BOOLEAN), bool),
 }
-"""The types of SQLAlchemy that compare so. A subclass may say anything, so it is none of them."""
+"""The kinds of SQLAlchemy's types. Subclasses are not included, because they may compare in any way."""
 
 _POSTGRESQL_KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("text", "varchar"), str),
@@ -54,33 +54,33 @@ _POSTGRESQL_KINDS: Mapping[str, Kind] = {
 
 
 class Comparable:
-    """The columns of one table, as one connection's database compares them."""
+    """Tells how the database of a connection compares the columns of one table."""
 
     def __init__(self, connection: Connection, table: Table) -> None:
         self._connection = connection
         self._table = table
 
     def kind(self, column: Column[Any]) -> Kind | None:
-        """How *column* compares; None when the model or the database says something that we do not know."""
+        """The kind of *column*, or None if its type in the model or in the database is not known here."""
         kind = _kind_of(column.type, self._connection)
         return kind if kind is not None and kind in self._stored().get(column.name, ()) else None
 
     def values(self, parameter: BindParameter[Any], kind: Kind) -> list[Scalar] | None:
-        """The values of *parameter* as the database gets them; None when one of them is not of *kind*."""
+        """The values that the database gets for *parameter*, or None if one of them is not of *kind*."""
         if _kind_of(parameter.type, self._connection) is not kind:
             return None
         value: Any = parameter.effective_value
         operands = list(value) if parameter.expanding else [value]
         if not all(type(value) is kind for value in operands):
-            # A driver may adapt a subclass as it likes, an enum for example: the database shows what it was sent.
+            # The driver may adapt subclasses, an enum for example. Let the database return the values that it gets.
             operands = self._echo(parameter.type, operands)
         if kind is bool and database_of(self._connection).has_dynamic_types:
             operands = [bool(value) if value in (0, 1) else value for value in operands]
         return operands if all(type(value) is kind for value in operands) else None
 
     def _echo(self, type_: TypeEngine[Any], values: Sequence[Any]) -> list[Any]:
-        sent = (type_coerce(bindparam(None, value, type_=type_, unique=True), RAW) for value in values)
-        return list(self._connection.execute(select(*sent)).one())
+        parameters = (type_coerce(bindparam(None, value, type_=type_, unique=True), RAW) for value in values)
+        return list(self._connection.execute(select(*parameters)).one())
 
     def _stored(self) -> Mapping[str, Sequence[Kind]]:
         tables = _stored_kinds.setdefault(self._connection.engine.pool, {})
@@ -97,10 +97,10 @@ def _kind_of(type_: TypeEngine[Any], connection: Connection) -> Kind | None:
     kind = _KINDS.get(type(type_))
     if kind is None or getattr(type_, "collation", None) is not None:
         return None
-    # The dialect makes another type of it where the model names a variant.
+    # If the model names a variant, the dialect uses another type.
     inner, plain = (one.dialect_impl(connection.dialect) for one in (type_, type(type_)()))
-    same = type(inner) is type(plain) or _KINDS.get(type(inner)) is kind
-    return kind if same and getattr(inner, "collation", None) is None else None
+    is_same = type(inner) is type(plain) or _KINDS.get(type(inner)) is kind
+    return kind if is_same and getattr(inner, "collation", None) is None else None
 
 
 _postgresql_columns = text(
@@ -119,20 +119,20 @@ def _read_postgresql(connection: Connection, table: Table) -> dict[str, Sequence
 
 
 def _read_sqlite(connection: Connection, table: Table) -> dict[str, Sequence[Kind]]:
-    """By each column's affinity; a table that names a collation anywhere has no column that compares as text."""
+    """The kinds of each column, by its affinity. If the table names any collation, no column compares as text."""
     schema = table.schema or "main"
     column = func.pragma_table_info(table.name, schema).table_valued("name", "type")
     catalog = table_clause("sqlite_master", sql_column("type"), sql_column("name"), sql_column("sql"), schema=schema)
-    is_it = and_(catalog.c.type == "table", func.lower(catalog.c.name) == func.lower(table.name))
-    statement = select(column.c.name, column.c.type, catalog.c.sql).join_from(column, catalog, is_it)
+    is_table = and_(catalog.c.type == "table", func.lower(catalog.c.name) == func.lower(table.name))
+    statement = select(column.c.name, column.c.type, catalog.c.sql).join_from(column, catalog, is_table)
     rows = connection.execute(statement).all()
     kinds: dict[str, Sequence[Kind]] = {}
-    for name, declared, made_by in rows:
-        upper = declared.upper()
+    for name, type_name, table_sql in rows:
+        upper = type_name.upper()
         if "INT" in upper:
             kinds[name] = (int, bool)
         elif any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
-            kinds[name] = () if "COLLATE" in made_by.upper() else (str,)
+            kinds[name] = () if "COLLATE" in table_sql.upper() else (str,)
         elif "BOOL" in upper or "NUM" in upper or "DEC" in upper:
             kinds[name] = (int, bool)
     return kinds

@@ -1,4 +1,4 @@
-"""Hydration: the rows of keys, as the caller's transaction sees them."""
+"""Hydration: load the rows of keys that the caller's transaction sees."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class HydratedRow:
 
 
 class Hydration:
-    """Loads rows by key, each once. ``rows`` has None for a key without a row that the statement selects.
+    """Loads rows by key, each only once.
 
-    ``complete`` is False when the content of some row is unknown.
+    ``rows`` has None for a key if the statement selects no row of it. ``complete`` is False if the content of some row
+    is unknown.
     """
 
     def __init__(self, session: Session, statement: Select[Any], tracked: Tracked) -> None:
@@ -54,23 +55,23 @@ class Hydration:
             if not possible:
                 continue
             parameters = columns.key_parameters(possible.values())
-            # Columns beside the entity: the identity map may hold older or edited values. The filter makes joined eager
-            # loading of collections possible, which repeats rows.
+            # Select the columns beside the entity, because the identity map may have older or edited values. Joined
+            # eager loading of collections repeats rows, so it needs unique().
             rows = self._session.execute(statement, parameters).unique(lambda row: tuple(row[1 : 1 + width]))
             rows_of_several_tables = self._read_from_several_tables(connection, batch)
             for row in rows:
                 key = encode_key(row[1 : 1 + width])
-                if key not in possible:  # SQLite finds "1" by 1, where the type of the key was changed
+                if key not in possible:  # the type of the key was changed: SQLite then finds "1" by 1
                     self.complete = False
                 try:
                     projection = self._tracked.project(key, rows_of_several_tables.get(key, row[1 + width :]), embedder)
-                except Exception:  # noqa: BLE001  # the application's own callable: the relay parks such a row, too
+                except Exception:  # noqa: BLE001  # the application's function failed: the relay parks such a row too
                     self.complete = False
                 else:
                     self.rows[key] = HydratedRow(row[0], projection)
 
     def _read_from_several_tables(self, connection: Connection, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
-        """The projected columns of *keys* whose rows are in several tables, of which a select() may have but one."""
+        """The projected columns of *keys*, if a fact has rows in several tables. The statement may select only one."""
         return committed.read(connection, self._tracked, keys) if self._tracked.is_projected_of_many else {}
 
 

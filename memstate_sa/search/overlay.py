@@ -1,4 +1,4 @@
-"""The overlay of a search: keys that the index has not been given yet."""
+"""The overlay of a search: the keys that are not delivered to the index yet."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from memstate_sa.relay.backlog import EntityCoverage, refused_keys
 from memstate_sa.relay.index_key import IndexKey
 
 OVERLAY_LIMIT = 500
-"""The most rows that one search embeds because the index does not have them yet."""
+"""The greatest number of undelivered rows that one search embeds."""
 
 _RECENT = 10 * OVERLAY_LIMIT
-"""The most outbox entries that one search looks at, newest first: a backlog may be long."""
+"""The greatest number of outbox entries that one search reads, newest first, because a backlog may be long."""
 
 _own_xid = cast(cast(func.pg_current_xact_id_if_assigned(), Text), BigInteger)
 
 
 class Overlay(NamedTuple):
-    """Undelivered keys of one entity. ``complete`` is False when there may be more."""
+    """Undelivered keys of one entity. ``complete`` is False if there may be more."""
 
     keys: list[str]
     complete: bool
@@ -46,11 +46,12 @@ class Overlay(NamedTuple):
 def read_overlay(
     connection: Connection, index: IndexKey, entity: str, coverage: EntityCoverage, own_tx: str
 ) -> Overlay:
-    """The keys that are committed or flushed but not delivered, those of *own_tx* first."""
-    # No position tells how far a refill is: it delivers from the table.
+    """The keys that are committed or flushed but not delivered. The keys of *own_tx* come first."""
+    # During a refill, no position helps, because rows are delivered from the table.
     position, complete = (coverage.position, True) if coverage.filled else (None, False)
     keys: list[str] = []
-    # One statement finds all: an undelivered key may be refused, and its entry deleted, before the next one.
+    # Read all entries in one statement, and before the refused keys: a key may be refused, and its entry deleted, in
+    # between.
     is_caught_up = database_of(connection).has_one_writer and position is not None and position.id >= coverage.newest_id
     if not is_caught_up:
         parameters: dict[str, Any] = {"entity": entity, "own_tx": own_tx, "limit": _RECENT}
@@ -72,13 +73,13 @@ def read_overlay(
 
 @cache
 def _undelivered_keys(database: Database, *, everything: bool) -> Select[Any]:
-    """The keys of recent entries after a position, or of *everything*, and how many entries each has.
+    """Select the keys of recent entries after a position, or of *everything*, with the number of entries of each.
 
-    The caller's own keys come first. The statement is built once: building costs more than running.
+    The caller's own keys come first. The statement is built once, because building costs more than running it.
     """
     own = case((outbox.c.tx == bindparam("own_tx"), 1), else_=0).label("own")
     columns, of_entity = (outbox.c.id, outbox.c.key, own), outbox.c.entity == bindparam("entity")
-    if database.has_one_writer:  # the index by entity has the xid before the id, and here it is always 0
+    if database.has_one_writer:  # the xid is always 0 here, and the index has it between entity and id
         of_entity = and_(of_entity, outbox.c.xid == literal_column("0"))
     if everything:
         newest_first = select(*columns).where(of_entity).order_by(outbox.c.xid.desc(), outbox.c.id.desc())
@@ -87,7 +88,7 @@ def _undelivered_keys(database: Database, *, everything: bool) -> Select[Any]:
     else:
         entries = undelivered(database, *columns, where=of_entity, newest_first=True)
         if not database.has_one_writer:
-            # The entries of a long transaction are older than entries that were committed after it began.
+            # Add the caller's own entries: in a long transaction, they are older than many committed entries.
             own_entries = select(*columns).where(outbox.c.xid == _own_xid, of_entity)
             entries = union(select(entries), own_entries).subquery()
     order = (func.max(entries.c.own).desc(), func.max(entries.c.id).desc())

@@ -1,4 +1,4 @@
-"""SQL criteria on metadata columns as an index filter, where both sides agree exactly."""
+"""Translate SQL criteria on metadata columns into an index filter, if both sides agree exactly."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _COMPARISONS = {
 _MIRRORED = {"$eq": "$eq", "$gt": "$lt", "$gte": "$lte", "$lt": "$gt", "$lte": "$gte"}
 _INT64 = 2**63
 _MOST_VALUES = 100
-"""Indexes are not made for more: Redis takes a minute for 3,000, and PostgreSQL refuses what has 65,536 parameters."""
+"""The greatest number of values in a filter. Redis takes a minute for 3,000; PostgreSQL refuses 65,536 parameters."""
 
 
 def push_down(tracked: Tracked, criteria: Sequence[ColumnElement[bool]], comparable: Comparable) -> Filter | None:
-    """The index filter that selects exactly the rows that *criteria* (all of them) do, or None when there is none.
+    """The index filter that selects exactly the rows that match all *criteria*, or None if there is no such filter.
 
-    Strings only with eq and in, which no default collation changes; whole numbers and booleans; a None on either side
-    matches nothing in SQL and in an index alike. Nor is there one for criteria with very many values.
+    There is one for whole numbers, booleans, and strings with eq and in, which do not depend on the default collation.
+    None matches nothing, both in SQL and in an index. Criteria with very many values have no filter.
     """
     if sum(map(_size, criteria)) > _MOST_VALUES:
         return None
@@ -40,7 +40,7 @@ def push_down(tracked: Tracked, criteria: Sequence[ColumnElement[bool]], compara
 
 
 def _size(criterion: Any) -> int:
-    """How many values *criterion* compares with, as far as it can be translated."""
+    """The number of values in *criterion*, as far as it can be translated."""
     if isinstance(criterion, Grouping):
         return _size(criterion.element)
     if isinstance(criterion, BooleanClauseList):
@@ -54,7 +54,7 @@ def _all(parts: list[Filter]) -> Filter:
 
 
 class _FilterTranslation:
-    """Of criteria on the metadata of one class; None stands for what an index cannot be asked."""
+    """Translates criteria on the metadata of one class. It returns None for a criterion that an index cannot apply."""
 
     def __init__(self, tracked: Tracked, comparable: Comparable) -> None:
         self._tracked = tracked
@@ -67,10 +67,10 @@ class _FilterTranslation:
             parts = [self.of(clause) for clause in criterion.clauses]
             if not parts or None in parts or criterion.operator not in (operators.and_, operators.or_):
                 return None
-            known = [part for part in parts if part is not None]
+            filters = [part for part in parts if part is not None]
             if criterion.operator is operators.and_:
-                return _all(known)
-            return known[0] if len(known) == 1 else {"$or": known}
+                return _all(filters)
+            return filters[0] if len(filters) == 1 else {"$or": filters}
         if isinstance(criterion, BinaryExpression):
             return self._comparison(criterion)
         return None
@@ -79,14 +79,14 @@ class _FilterTranslation:
         column_side, value_side, mirrored = criterion.left, criterion.right, False
         if isinstance(column_side, BindParameter):
             column_side, value_side, mirrored = value_side, column_side, True
-        among = criterion.operator is operators.in_op and not mirrored
-        operator = "$in" if among else _COMPARISONS.get(criterion.operator)
+        is_in = criterion.operator is operators.in_op and not mirrored
+        operator = "$in" if is_in else _COMPARISONS.get(criterion.operator)
         name = self._metadata_name(column_side)
         if (
             name is None
             or operator is None
             or not isinstance(value_side, BindParameter)
-            or value_side.expanding is not among
+            or value_side.expanding is not is_in
         ):
             return None
         kind = self._comparable.kind(self._tracked.mapper.columns[name])
@@ -95,7 +95,7 @@ class _FilterTranslation:
         values = self._comparable.values(value_side, kind)
         if not values or (kind is int and not all(-_INT64 <= value < _INT64 for value in values)):  # type: ignore[operator]
             return None
-        return {name: {"$in": values}} if among else {name: {_MIRRORED[operator] if mirrored else operator: values[0]}}
+        return {name: {"$in": values}} if is_in else {name: {_MIRRORED[operator] if mirrored else operator: values[0]}}
 
     def _metadata_name(self, expression: Any) -> str | None:
         tracked = self._tracked

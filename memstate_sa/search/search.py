@@ -1,8 +1,13 @@
-"""Search: the index proposes, SQL disposes.
+"""Search: the index proposes facts, and SQL decides.
 
-1. Embed the query. 2. Read the undelivered keys (the overlay). 3. Query the index. 4. Hydrate through the caller's
-Session. 5. Keep rows whose fingerprint the index has, and embed newer ones. 6. Query for more when hits are missing.
-In that order: a key that is delivered between two steps is found either in the overlay or in the index.
+1. Embed the query.
+2. Read the undelivered keys (the overlay).
+3. Query the index.
+4. Load the rows through the caller's Session (hydrate).
+5. Keep rows whose fingerprint the index has, and embed newer rows.
+6. Query the index for more if hits are missing.
+
+The overlay is read before the index. So a key that is delivered in between is found in one of them.
 """
 
 from __future__ import annotations
@@ -48,30 +53,30 @@ R = TypeVar("R")
 logger = printable_logger("memstate_sa.search")
 
 _IDS_LIMIT = 1000
-"""The most rows that are named to an index by their ids."""
+"""The greatest number of ids in a query of an index."""
 
 _MISMATCH_LIMIT = 100
-"""The most hits with another fingerprint than their row that are looked at once more."""
+"""The greatest number of hits with another fingerprint than their row that are checked again."""
 
 _LARGEST_QUERY = 1 << 20
-"""The most points that an index is asked for: beyond its integers it fails, or finds nothing."""
+"""The greatest number of points in a query. An index fails or finds nothing if the number exceeds its integers."""
 
 _TIES = 10_000
-"""The most facts at the distance of the last hit that are put in order. Of more, the index chooses."""
+"""The greatest number of facts at the last hit's distance that are sorted. If there are more, the index chooses."""
 
 _ROUNDING_ERROR = 1e-6
-"""An index computes a distance in single precision: the last digits depend on where the vector lies in memory."""
+"""An index computes distances in single precision. The last digits depend on the vector's place in memory."""
 
 
 @dataclass
 class OpenedIndex:
-    """An index that this process has opened, with the mark that it had then, or a later one of the database."""
+    """An index that this process has opened, with the mark that it had then, or a later mark of the database."""
 
     mark: str | None
-    has_warned: bool = False  # that its content differs from the rows
+    has_warned: bool = False  # whether a warning said that its content differs from the rows
 
     def is_of(self, now: Past) -> bool:
-        """Whether the index was filled from the past that the database is in *now*."""
+        """Whether the index was filled from the present past *now* of the database."""
         if not now.fits(self.mark, alone=False):
             return False
         if self.mark:
@@ -80,7 +85,7 @@ class OpenedIndex:
 
 
 class Search:
-    """One search; see the module's docstring for its order."""
+    """One search. The module's docstring describes its order."""
 
     def __init__(
         self,
@@ -97,8 +102,8 @@ class Search:
     ) -> None:
         """*statement* and *tracked* are the result of `resolve_target`.
 
-        *name* is the index to query. With *resolve*, it is the index of the last time, and *resolve* returns the
-        present one.
+        *name* is the index to query. With *resolve*, *name* is the index that the last search queried, and *resolve*
+        returns the present index.
         """
         self._session = session
         self._call = call
@@ -115,7 +120,7 @@ class Search:
         self._budget = OVERLAY_LIMIT
         self._coverage: EntityCoverage | None = None
         self._opened = OpenedIndex(None)
-        self._mismatched_keys: list[str] = []  # the index found them by other content than their rows have
+        self._mismatched_keys: list[str] = []  # keys of matches with another fingerprint than their row
         self._too_many_ids = False
 
     def _use_index(self, name: str) -> None:
@@ -126,7 +131,7 @@ class Search:
         try:
             return self._run(query, limit, max_distance, fresh=fresh)
         except DeliveryError:
-            self._opened_indexes.pop(self.name, None)  # it may have been deleted, or be another by the next search
+            self._opened_indexes.pop(self.name, None)  # open it again: it may have been deleted or replaced
             raise
 
     def _open(self) -> None:
@@ -137,7 +142,7 @@ class Search:
         self._opened = opened
 
     def _call_index(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the index. Its errors become ours."""
+        """Call the index, and turn its exceptions into ours."""
         return guarded(lambda: self._call(function, *args, **kwargs), f"index {self.name!r}")
 
     def _run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
@@ -161,13 +166,13 @@ class Search:
     def _query(
         self, vector: Vector, limit: int, max_distance: float | None, undelivered: Sequence[str], *, fresh: bool
     ) -> list[tuple[float, str]]:
-        """The nearest keys, with their distances. The index is queried for more until there are enough."""
+        """The nearest keys, with their distances. The index is queried repeatedly until there are enough."""
         where, ids = self._restriction()
-        # The index may hold undelivered keys as they were before: so many of its matches may not count.
-        # One more match tells whether the last hit is alone at its distance.
+        # Matches of undelivered keys may be outdated and not count, so ask for more. One match more than the limit
+        # tells whether the last hit is alone at its distance.
         size, last_count = limit + 1 + min(len(undelivered), 20), -1
         if self._too_many_ids:
-            size *= 4  # criteria that only SQL applies
+            size *= 4  # the index does not apply the criteria, so most matches may not count
         size = min(size, _LARGEST_QUERY)
         is_crowded = False
         while True:
@@ -180,13 +185,13 @@ class Search:
             farthest = matches[-1].distance if matches else 2.0
             if is_exhausted or (max_distance is not None and farthest > max_distance):
                 return hits
-            # An index returns facts at one distance in any order. Ours is by key, so that pages fit together.
+            # An index returns facts at the same distance in any order. We sort them by key, so that pages fit together.
             last_distance = hits[-1][0] if len(hits) == limit else math.inf
             if last_distance < farthest - _ROUNDING_ERROR or (last_distance <= farthest and size > limit + _TIES):
                 return hits
             last_count = len(matches)
             if where is None and ids is None and not is_crowded and len(keyed_matches) * 2 < len(matches):
-                is_crowded, last_count = True, -1  # by other entities, or by foreign points
+                is_crowded, last_count = True, -1  # most matches are of other entities, or foreign points
                 where = self._entity_filter()
                 if where is None and not self._too_many_ids:
                     ids = self._few_ids()
@@ -200,9 +205,9 @@ class Search:
         return np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
 
     def _check_mismatches(self, keys: set[str]) -> None:
-        """Warn when the index has other content of *keys* than their rows, though no change of them is undelivered.
+        """Warn if the index has other content of *keys* than their rows, and no change of them waits for delivery.
 
-        Then the index may lack other keys altogether: text= does something else now, or the index drifted.
+        Then the text= function was changed, or the index has drifted. The index may also lack other keys.
         """
         keys.difference_update(self._undelivered_keys())
         if not keys or not self._is_complete:
@@ -214,15 +219,15 @@ class Search:
         if stale_keys and not self._opened.has_warned:
             self._opened.has_warned = True
             logger.warning(
-                "index %r has other content of %s%s than its row. If text= does something else now, give another "
-                "text_version=. If not, memory.verify(engine, repair=True) delivers what differs",
+                "Index %r has other content of %s%s than its row. If the text= function was changed, pass another "
+                "text_version=. If not, repair the index with memory.verify(engine, repair=True).",
                 self.name,
                 self._tracked.entity,
                 stale_keys[0],
             )
         self._complete = not stale_keys
 
-    # -- what the index may not know -----------------------------------------------------------------------------------
+    # -- undelivered keys ----------------------------------------------------------------------------------------------
 
     def _connection(self) -> Connection:
         return self._session.connection(bind_arguments={"mapper": self._tracked.mapper})
@@ -231,7 +236,7 @@ class Search:
         return IndexKey(self.name, self._call_index(lambda: self._index.incarnation))
 
     def _undelivered_keys(self) -> list[str]:
-        """Keys that are committed or flushed but not delivered, the caller's own first."""
+        """The keys that are committed or flushed but not delivered. The caller's own keys come first."""
         connection = self._connection()
         index = self._index_key()
         coverage = self._coverage = self._read_coverage(connection, index)
@@ -239,26 +244,26 @@ class Search:
         own_tx = transaction.tx if transaction is not None else ""
         overlay = read_overlay(connection, index, self._tracked.entity, coverage, own_tx)
         possible = self._tracked.columns_for(connection.dialect).possible(connection, overlay.keys)
-        # With fewer possible keys, something has changed, and no row has such a key.
+        # A key that is not possible shows that the type of the key was changed.
         if not overlay.complete or len(possible) < len(overlay.keys):
             self._complete = False
         return overlay.keys
 
     def _no_keys(self) -> list[str]:
-        """No undelivered keys are looked for. The hits are complete if the index was once delivered in full."""
+        """An empty list, without a search for undelivered keys. Hits are complete if all rows were delivered once."""
         coverage = self._coverage = self._read_coverage(self._connection(), self._index_key())
         self._complete = coverage.filled
         return []
 
     def _read_coverage(self, connection: Connection, index: IndexKey) -> EntityCoverage:
-        """The coverage of the index. It counts as not filled when it was filled from another past or projection.
+        """The coverage of the index. If it was filled from another past or projection, it counts as not filled.
 
-        No relay may have noticed that yet.
+        This is checked here, because perhaps no relay has noticed it yet.
         """
         coverage = read_entity_coverage(connection, index, self._tracked.entity)
         if coverage.past is not None and not self._opened.is_of(coverage.past):
             self._opened_indexes.pop(self.name, None)
-            self._open()  # the mark first: relays write it to the database before the index
+            self._open()  # reads the index's mark before the database's: relays write them in the other order
             coverage = read_entity_coverage(connection, index, self._tracked.entity)
         if coverage.past is not None and not self._opened.is_of(coverage.past):
             self._opened_indexes.pop(self.name, None)
@@ -266,7 +271,7 @@ class Search:
         return coverage._replace(filled=coverage.filled and coverage.projection == self._tracked.projection)
 
     def _sees_the_past(self) -> bool:
-        """Whether the index may be ahead of the rows that this transaction sees. Ask after the query."""
+        """Whether the index may be ahead of the rows that this transaction sees. Call it after the query."""
         connection = self._connection()
         if database_of(connection).has_one_writer:
             return is_behind(connection)
@@ -276,10 +281,10 @@ class Search:
     # -- the query -----------------------------------------------------------------------------------------------------
 
     def _restriction(self) -> tuple[Filter | None, list[str] | None]:
-        """A filter or a list of ids that the index can apply; neither: hydration alone applies the criteria."""
+        """A filter, or a list of ids, for the index. With neither, only hydration applies the criteria."""
         criteria = list(self._statement._where_criteria)
         is_simple = not criteria or not _joins(self._statement)
-        # Points that are not refilled yet may lack the fields that a filter asks for.
+        # Use no filter during a refill: old points may lack its fields.
         is_filled = self._coverage is not None and self._coverage.filled
         where = self._pushed_down(criteria) if is_simple and criteria and is_filled else None
         if where is not None:
@@ -298,7 +303,7 @@ class Search:
         return {ENTITY: {"$eq": self._tracked.entity}} if coverage.marked and coverage.filled else None
 
     def _few_ids(self) -> list[str] | None:
-        """The point ids of all rows that the statement selects; None when there are too many to name."""
+        """The point ids of all rows that the statement selects, or None if there are too many."""
         connection = self._connection()
         keys = keys_of(self._statement, self._tracked.columns_for(connection.dialect)).limit(_IDS_LIMIT + 1)
         rows = connection.execute(keys).all()
@@ -317,8 +322,8 @@ class Search:
         self._hydration.load(keys, self._connection(), self._vectors.embedder.fingerprint)
 
     def _measure(self, query: Vector, matches: Mapping[str, Match], undelivered: Sequence[str], *, fresh: bool) -> None:
-        """Set the distance of every row whose present content is known: from the index, or embedded now."""
-        unknown: dict[str, Projection] = {}
+        """Set the distances of rows: the index's distance if it has the row's fingerprint. Other rows are embedded."""
+        unmeasured: dict[str, Projection] = {}
         for key in (*undelivered, *matches):
             row = self._hydration.rows.get(key)
             if row is None or row.projection.fingerprint is None or key in self._distances:
@@ -327,31 +332,31 @@ class Search:
             if match is not None and match.fingerprint == row.projection.fingerprint:
                 self._set_distance(key, row.projection, match.distance)
             elif fresh:
-                unknown[key] = row.projection
+                unmeasured[key] = row.projection
                 if match is not None and key not in undelivered:
                     self._mismatched_keys.append(key)
-        if len(unknown) > self._budget:
+        if len(unmeasured) > self._budget:
             self._complete = False
-            unknown = dict(list(unknown.items())[: self._budget])
-        self._budget -= len(unknown)
-        if not unknown:
+            unmeasured = dict(list(unmeasured.items())[: self._budget])
+        self._budget -= len(unmeasured)
+        if not unmeasured:
             return
-        texts = {p.text_fingerprint: p.text for p in unknown.values() if p.text_fingerprint and p.text}
+        texts = {p.text_fingerprint: p.text for p in unmeasured.values() if p.text_fingerprint and p.text}
         vectors = embeddings.known(self._connection(), self._vectors, texts)
         vectors |= self._embed({digest: text for digest, text in texts.items() if digest not in vectors})
-        for key, projection in unknown.items():
+        for key, projection in unmeasured.items():
             vector = vectors.get(projection.text_fingerprint or "")
             if vector is not None:
                 self._set_distance(key, projection, cosine_distance(query, vector))
 
     def _set_distance(self, key: str, projection: Projection, distance: float) -> None:
-        """Facts of one text get one distance, without rounding errors, so that they are in the order of their keys."""
+        """Set the distance of a key. Facts with the same text get exactly the same one: then keys decide the order."""
         self._distances[key] = self._distances_of_texts.setdefault(projection.text_fingerprint, distance)
 
     def _embed(self, texts: Mapping[str, str]) -> dict[str, Vector]:
-        """The vectors of *texts*, without refused ones. There are none when the embedder is unavailable.
+        """Embed *texts*. Return the vectors, without refused texts, and none if the embedder is unavailable.
 
-        They are remembered in this process, where a relay finds them: a search writes nothing to the database.
+        They are kept in this process, where a relay can find them, because a search writes nothing to the database.
         """
         if not texts:
             return {}
@@ -374,15 +379,17 @@ class Search:
 
 
 def resolve_target(registry: Registry, target: Any) -> tuple[Select[Any], Tracked]:
-    """The select() that *target* is, or stands for. Raises MemstateError when it cannot be searched."""
+    """The select() of *target* (a class or a select() of one), and the class. Other targets raise MemstateError."""
     if isinstance(target, type):
         tracked = registry.of(target)
         return (tracked.select_all if target is tracked.model else select(target)), tracked
     if not isinstance(target, Select):
-        raise MemstateError(f"search {target!r}: give a tracked class or a select() of one")
+        raise MemstateError(f"Cannot search {target!r}: it is neither a tracked class nor a select() of one.")
     columns = target.column_descriptions
     if len(columns) != 1 or columns[0]["type"] is not columns[0]["expr"]:
-        raise MemstateError("search takes a select() of exactly one tracked class, like select(Model).where(…)")
+        raise MemstateError(
+            "Cannot search: the select() must have exactly one tracked class, like select(Model).where(…)."
+        )
     if (
         target._limit_clause is not None
         or target._offset_clause is not None
@@ -390,7 +397,10 @@ def resolve_target(registry: Registry, target: Any) -> tuple[Select[Any], Tracke
         or target._group_by_clauses
         or target._distinct
     ):
-        raise MemstateError("a select() to search in has no LIMIT, OFFSET, FETCH, GROUP BY or DISTINCT; use limit=")
+        raise MemstateError(
+            "Cannot search: the select() has LIMIT, OFFSET, FETCH, GROUP BY or DISTINCT. Remove it; the number of hits "
+            "is search's limit=."
+        )
     return target, registry.of(columns[0]["type"])
 
 

@@ -40,7 +40,7 @@ class Searcher:
         self._destinations = destinations
         self._succession = succession
         self._opened: dict[str, OpenedIndex] = {}  # indexes that a search has opened
-        self._last_asked: dict[str, str] = {}  # the index that the last search of each has asked
+        self._last_asked: dict[str, str] = {}  # the index, or its successor, that the last search has asked
 
     def search(self, call: Call, session: Session, target: Any, query: Query) -> Hits[Any]:
         """The hits of *query* among the rows that *target* selects. *call* calls indexes and embedders."""
@@ -68,7 +68,8 @@ class Searcher:
         self, call: Call, session: Session, statement: Select[Any], tracked: Tracked, index: str, query: Query
     ) -> Hits[Any]:
         assert query.as_of is not None
-        engine = with_separate_pool(session.get_bind(tracked.mapper).engine)  # the Session may hold a connection
+        # The Session may use the only connection of its pool.
+        engine = with_separate_pool(session.get_bind(tracked.mapper).engine)
         missing_tables.explain(engine)
         require_no_transaction(engine)
         read = {self._registry.named(table, None) for table in visitors.iterate(statement) if isinstance(table, Table)}

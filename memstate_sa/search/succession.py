@@ -1,4 +1,4 @@
-"""`Succession`: which index takes the place of which, and which of them searches ask."""
+"""`Succession`: the successors of indexes, and the choice of the index that searches ask."""
 
 from __future__ import annotations
 
@@ -27,38 +27,44 @@ class Succession:
         return index in self._successors
 
     def with_successors(self, indexes: list[str]) -> list[str]:
-        """*indexes*, and all that are to take their place."""
+        """*indexes* and all their successors."""
         names = list(indexes)
         for name in names:
             if (successor_name := self._successors.get(name, name)) not in names:
-                names.append(successor_name)  # which is looked at in its turn
+                names.append(successor_name)  # the loop reaches it too, and adds its own successor
         return names
 
     def pair(self, index: str | None) -> tuple[str, str]:
-        """*index* and its successor. None is the index with a successor, when there is only one."""
+        """*index* and its successor. None stands for the only index that has a successor."""
         if index is None and len(self._successors) == 1:
             [index] = self._successors
         if index not in self._successors:
+            names = ", ".join(self._successors) or "none"
             raise MemstateError(
-                f"index={index!r}: which index is to be replaced, and by what? Memory(..., successors={{'memory': "
-                "'memory_v2'}) says that, for indexes that it has"
+                f"Cannot reindex index={index!r}. Indexes with a successor: {names}. A successor is another index of "
+                "the Memory: Memory(..., successors={'memory': 'memory_v2'})."
             )
         return index, self._successors[index]
 
     def index_for(self, tracked: Tracked, index: str | None) -> str:
-        """The index that a search of *tracked* is meant for; see `current` for the one that is asked."""
+        """The index for a search of *tracked*, before `current` replaces it by its successor."""
+        if not tracked.indexes:
+            raise MemstateError("Cannot search: this Memory has no index. Use Memory(index, embedder=…).")
         if index is None:
-            following = {*self._successors.values()}
-            return next((name for name in tracked.indexes if name not in following), tracked.indexes[0])
+            successor_names = {*self._successors.values()}
+            return next((name for name in tracked.indexes if name not in successor_names), tracked.indexes[0])
         if index not in tracked.indexes:
-            raise MemstateError(f"{tracked.model.__name__} does not go to an index {index!r}")
+            raise MemstateError(
+                f"Cannot search index {index!r}: {tracked.model.__name__} is not delivered to it. It is delivered to: "
+                f"{', '.join(tracked.indexes)}."
+            )
         return index
 
     def current(self, connection: Connection, name: str) -> str:
-        """The index that searches of *name* ask: itself, or the one that has taken its place.
+        """The index that searches of *name* ask: *name* itself, or the successor that has replaced it.
 
-        An index that was lost or made anew since does not count. Searches ask the old one until the new one is filled
-        and takes its place again.
+        A successor that was lost or emptied since the switch does not count. Searches ask the old index until the
+        successor is filled, and replaces it again.
         """
         while name in self._successors:
             switch = connection.execute(_switched, {"index": name}).one_or_none()
@@ -72,15 +78,18 @@ class Succession:
 
 
 def check_successors(successors: Mapping[str, str], indexes: Mapping[str, object]) -> None:
-    """Raise MemstateError when *successors* are not among *indexes*, or go in a circle."""
+    """Raise MemstateError if *successors* are not among *indexes*, or form a circle."""
     for name, other in successors.items():
         for index in (name, other):
             if index not in indexes:
-                raise MemstateError(f"successors={dict(successors)!r}: this Memory has no index {index!r}")
+                names = ", ".join(indexes)
+                raise MemstateError(
+                    f"Unknown index {index!r} in successors={dict(successors)!r}. This Memory has: {names}."
+                )
         seen = {name}
         last = other
         while last not in seen and last in successors:
             seen.add(last)
             last = successors[last]
         if last in seen:
-            raise MemstateError(f"successors={dict(successors)!r}: {last!r} would be its own successor")
+            raise MemstateError(f"Circle in successors={dict(successors)!r}: {last!r} would be its own successor.")

@@ -1,7 +1,7 @@
-"""The tables as they were: a read-only Session in which tracked classes have the rows of a moment.
+"""Time travel: a read-only Session in which tracked classes have the rows of a moment.
 
-Each tracked table is hidden by a temporary one of its name, on a connection of the Session's own, filled from the log.
-So any select() works, in the database's own dialect, and gives ordinary instances.
+On the Session's own connection, a temporary table with the same name hides each tracked table. It is filled from the
+log. So any select() works, in the database's own dialect, and returns ordinary instances.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from memstate_sa.tracking import committed
 from memstate_sa.tracking.committed import raw_key_columns
 from memstate_sa.tracking.tracked import Tracked
 
-_READ_ONLY = "the past is read-only: write with a Session of the present"
+_READ_ONLY = "Cannot write: this Session shows the past, which is read-only. Write with another Session."
 
 
 class PastSession(Session):
-    """A Session on the tables as they were. Whatever would write raises."""
+    """A Session on the tables of a past moment. Every write raises MemstateError."""
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:  # noqa: ARG002  # as Session has it
         if not self._is_clean():
@@ -53,7 +53,7 @@ def _refuse_to_write(state: ORMExecuteState) -> None:
 
 
 def take_criteria(past: PastSession, session: Session) -> None:
-    """Have *past* select as *session* does: the listeners that add criteria to a statement, and the info they go by."""
+    """Give *past* the same criteria as *session*: the listeners that add them, and the info that they read."""
     past.info.update(session.info)
     for listener in set(session.dispatch.do_orm_execute).difference(past.dispatch.do_orm_execute):
         event.listen(past, "do_orm_execute", listener)
@@ -61,26 +61,30 @@ def take_criteria(past: PastSession, session: Session) -> None:
 
 @contextmanager
 def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Iterator[PastSession]:
-    """A Session in which the classes of *tracked* have the rows of the moment *at*; other tables are as they are now.
+    """A Session in which the classes of *tracked* have the rows of the moment *at*. Other tables are unchanged.
 
-    It holds one connection, in one snapshot, and takes the time and space of writing those rows once.
+    It uses one connection in one snapshot. It takes the time and space for writing these rows once.
     """
     database = database_of(engine)
     if is_in_memory(engine):
         raise MemstateError(
-            "an in-memory SQLite has one connection, on which the past would hide the present: use a file"
+            "Cannot open the past of an in-memory SQLite database: it has only one connection, where the past would "
+            "hide the present. Use a database file."
         )
     tracked = list(tracked)
     for table in (table for one in tracked for table in one.tables if table.schema is not None):
-        raise MemstateError(f"{table.fullname} names its schema, so no temporary table can stand for it: use as_of()")
+        raise MemstateError(
+            f"Cannot open the past of {table.fullname}: it names its schema, so no temporary table can hide it. Use "
+            "memory.as_of()."
+        )
     with database.snapshot(engine) as connection:
-        # Asked before any table is hidden.
+        # Check the moment before any table is hidden.
         log_at(connection, at)
         filled = [_rows_at(connection, one, at) for one in tracked]
         database.prefer_temporary_tables(connection)
         for own, rows in (item for one in filled for item in one.items()):
             _hide(connection, own, rows)
-        # Its rollback() ends a SAVEPOINT, not the snapshot.
+        # With a SAVEPOINT, the Session's rollback() does not end the snapshot.
         with (
             database.read_only(connection),
             PastSession(connection, autoflush=False, join_transaction_mode="create_savepoint") as session,
@@ -89,36 +93,41 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
 
 
 Rows: TypeAlias = dict[TableColumns, list[Sequence[Any]]]
-"""Values as the driver takes them, by table, in the order of `stored_columns`."""
+"""Raw values for the driver, by table, in the order of `stored_columns`."""
 
 
 def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
-    """The rows of the class at a moment, and those in its tables that are of other classes, as they are now."""
+    """The rows of the class at a moment, and the present rows of other classes in the same tables."""
     columns = tracked.columns_for(connection.dialect)
     images = dict(images_at(connection, tracked, at))
-    # Of a key that no row can have any more, the table of today cannot hold the row of then.
+    # Leave out keys that no row can have any more: today's table cannot hold their old rows.
     images = {key: images[key] for key in columns.possible(connection, images)}
-    for unlogged in unlogged_rows(connection, tracked):  # which were always as they are
+    for unlogged in unlogged_rows(connection, tracked):  # these rows have never changed
         images |= unlogged
     rows: Rows = {}
-    for table, own in columns.of_table.items():
-        rows[own] = [row for key, row in _rows_of_others(connection, tracked, own) if key not in images]
+    for table, table_columns in columns.of_table.items():
+        others = _rows_of_others(connection, tracked, table_columns)
+        rows[table_columns] = [row for key, row in others if key not in images]
         parts = (part for image in images.values() if (part := columns.parts(image)[table]) is not None)
-        names = [column.name for column in stored_columns(own.table)]
-        rows[own] += [[decode(part.get(name)) for name in names] for part in parts]
+        names = [column.name for column in stored_columns(table)]
+        rows[table_columns] += [[decode(part.get(name)) for name in names] for part in parts]
     return rows
 
 
 def _rows_of_others(connection: Connection, tracked: Tracked, own: TableColumns) -> Iterator[tuple[str, Sequence[Any]]]:
-    """The rows, by key, of a table that the class shares: with others of one table, or with its base class."""
+    """The rows of other classes in a table that the class shares, with their keys.
+
+    The class shares it with other classes of single-table inheritance, or with its base class.
+    """
     if tracked.criterion is None and own.table not in tracked.tables[: tracked.base_table_count]:
         return
     keys = select(*tracked.key_columns).select_from(tracked.rows)
-    ours = (keys if tracked.criterion is None else keys.where(tracked.criterion)).subquery()
+    own_keys = (keys if tracked.criterion is None else keys.where(tracked.criterion)).subquery()
     key = list(own.table.primary_key.columns)
-    same = and_(*(one == other for one, other in zip(key, ours.columns, strict=True)))
-    others = select(*map(own.raw, [*key, *stored_columns(own.table)])).select_from(own.table.outerjoin(ours, same))
-    for row in connection.execute(others.where(ours.columns[0].is_(None))):
+    is_same = and_(*(one == other for one, other in zip(key, own_keys.columns, strict=True)))
+    table = own.table.outerjoin(own_keys, is_same)
+    others = select(*map(own.raw, [*key, *stored_columns(own.table)])).select_from(table)
+    for row in connection.execute(others.where(own_keys.columns[0].is_(None))):
         yield own.encode_key(row[: len(key)]), row[len(key) :]
 
 
@@ -134,13 +143,16 @@ def _hide(connection: Connection, own: TableColumns, rows: Sequence[Sequence[Any
     names = [f"memstate_{n}" for n in range(len(columns))]
     values = {c.name: own.raw_parameter(c, name) for c, name in zip(past.columns, names, strict=True)}
     for batch in batches(rows):
-        # SQLite takes 1 and "1" for one key of a text column: a key of before its type was changed.
+        # If the type of the key was changed, the log may have both 1 and "1". SQLite takes them for the same text.
         statement = database_of(connection).upsert(past).values(values).on_conflict_do_nothing()
         connection.execute(statement, [dict(zip(names, row, strict=True)) for row in batch])
 
 
 def _wide(type_: TypeEngine[Any]) -> TypeEngine[Any]:
-    """A type that holds what *type_* held before it was changed: not fewer bits, and in SQLite no alias of rowid."""
+    """A type that also holds older values, from before the column's type was changed.
+
+    It has no fewer bits. In SQLite, it is no alias of rowid.
+    """
     return BigInteger() if isinstance(type_, Integer) else type_
 
 
@@ -152,7 +164,7 @@ def search_past(
     query: Query,
     call: Call,
 ) -> Hits[Any]:
-    """The facts nearest to *query* among the rows that *statement* selects in *session*: all of them are measured."""
+    """The facts nearest to *query* among the rows that *statement* selects in *session*. All rows are measured."""
     connection = session.connection()
     keys = [encode_key(row) for row in connection.execute(keys_of(statement, tracked.columns_for(connection.dialect)))]
     embedder = vectors.embedder.fingerprint
@@ -161,23 +173,25 @@ def search_past(
     ]
     texts = {p.text_fingerprint: p.text for p in projections if p.text_fingerprint and p.text}
     query_vector = np.asarray(call(vectors.of_query, query.text), dtype=np.float32)
-    known = cache.known(connection, vectors, texts)
-    unknown = {digest: words for digest, words in texts.items() if digest not in known}
-    known |= call(vectors.embed, unknown, remember=True)
+    text_vectors = cache.known(connection, vectors, texts)
+    missing = {digest: text for digest, text in texts.items() if digest not in text_vectors}
+    text_vectors |= call(vectors.embed, missing, remember=True)
     distances = sorted(
-        (cosine_distance(query_vector, known[p.text_fingerprint]), p.key) for p in projections if p.text_fingerprint
+        (cosine_distance(query_vector, text_vectors[p.text_fingerprint]), p.key)
+        for p in projections
+        if p.text_fingerprint
     )
     limit, max_distance = query.limit, query.max_distance
     near = [pair for pair in distances if max_distance is None or pair[0] <= max_distance]
     columns = tracked.columns_for(connection.dialect)
     hydration = statement.order_by(None).add_columns(*raw_key_columns(columns)).where(columns.key_in)
-    hydration._for_update_arg = None  # noqa: SLF001  # nobody changes the past
+    hydration._for_update_arg = None  # noqa: SLF001  # the past needs no locks
     hits: Hits[Any] = Hits()
     for batch in filter(None, (near[:limit], *batches(near[limit:]))):
         parameters = columns.key_parameters([decode_key(key) for _, key in batch])
         rows = session.execute(hydration, parameters).unique(lambda row: tuple(row[1:]))
         facts = {encode_key(row[1:]): row[0] for row in rows}
-        # What listeners of the application's leave out, only this select() does not have.
+        # Only this select() of entities runs the application's listeners, which may leave rows out.
         hits += [Hit(facts[key], distance) for distance, key in batch if key in facts]
         if len(hits) >= limit:
             break

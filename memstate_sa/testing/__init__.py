@@ -1,6 +1,6 @@
-"""Parts for tests: an embedder without a model, an index that fails, and what every index must do.
+"""Tools for tests: an embedder without a model, an index that fails, and a test suite for every index.
 
-`IndexConformance` needs pytest, and is imported when it is asked for; the others need NumPy alone.
+`IndexConformance` needs pytest, and is imported at its first use. The other tools need only NumPy.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import pytest
 
-    # For a failed comparison to show both sides, as in the test modules themselves.
+    # With this, pytest shows both sides of a failed comparison, as in test modules.
     pytest.register_assert_rewrite("memstate_sa.testing.conformance")
     from memstate_sa.testing.conformance import IndexConformance
 

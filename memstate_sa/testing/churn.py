@@ -1,6 +1,6 @@
-"""The writes of a process that is killed: every state follows from the number of the round.
+"""The writes of a process that will be killed. The number of the round determines the content of the index.
 
-Run by `IndexConformance`, in a process of its own, after lines that define ``index``.
+`IndexConformance` runs this module in a separate process, after lines that define ``index``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NAMES = 40
 
 
 class Round(NamedTuple):
-    """The points that one round upserts, and the ids that it deletes after that."""
+    """The points that one round upserts, and the ids that it then deletes."""
 
     upserted: dict[str, tuple[str, list[float]]]
     deleted: list[str]
@@ -31,7 +31,7 @@ def round_of(number: int) -> Round:
 
 
 def state(rounds: int) -> dict[str, tuple[str, list[float]]]:
-    """The fingerprint and the vector of every point after so many rounds."""
+    """The fingerprint and the vector of every point after *rounds* rounds."""
     points: dict[str, tuple[str, list[float]]] = {}
     for number in range(rounds):
         upserted, deleted = round_of(number)
@@ -42,12 +42,12 @@ def state(rounds: int) -> dict[str, tuple[str, list[float]]]:
 
 
 def main(index: VectorIndex, first: int, last: int | None) -> None:
-    """Print the content, and then the number of each round that is done: from *first*, up to *last* or to a kill."""
+    """Print the content, then run rounds from *first* to *last*, or until the kill, and print the number of each."""
     index.open(embedder=EMBEDDER, dimension=DIMENSION)
     listed = fingerprints(index)
     stored = {entry.id: (entry.fingerprint, entry.vector.round(3).tolist()) for entry in index.get(list(listed))}
     answer = {match.id: match.fingerprint for match in index.query(point("query").vector, 1000)}
-    print(json.dumps([index.incarnation, listed, stored, answer]), flush=True)  # noqa: T201  # to the process that started this one
+    print(json.dumps([index.incarnation, listed, stored, answer]), flush=True)  # noqa: T201  # the parent process reads it
     for number in count(first) if last is None else range(first, last):
         upserted, deleted = round_of(number)
         index.upsert([point(id_, values, fingerprint=mark) for id_, (mark, values) in upserted.items()])

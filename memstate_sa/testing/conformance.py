@@ -1,4 +1,4 @@
-"""What every vector index must do: a pytest suite to inherit. Needs pytest."""
+"""The pytest suite that every vector index must pass. Inherit it for your own index. Needs pytest."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from memstate_sa.testing.points import X, Y, Z, contents, fingerprints, ids_wher
 
 EMBEDDER = churn.EMBEDDER
 _MOST = 20_000
-"""So many points at once are always taken, or refused as a whole."""
-_ERASED = "XYZZY-what-was-erased"
+"""The largest batch in these tests."""
+_ERASED = "XYZZY-erased-text"
 
 Make = Callable[[], VectorIndex]
 
 
 class IndexConformance:
-    """Inherit it, override the fixture `make`, and say by class attributes what your index claims.
+    """Inherit this class, override the fixture `make`, and declare the abilities of your index by class attributes.
 
-    A claim that is not made is tested, too: an index that is not ``fenced`` is no `FencedIndex`, one that is not
-    ``persistent`` begins anew as another incarnation. No test is skipped.
+    The tests check the default values too. If ``fenced`` is False, the index must not be a `FencedIndex`. If
+    ``persistent`` is False, a new object must be empty and have another incarnation. No test is skipped.
 
     Example::
 
@@ -62,53 +62,53 @@ class IndexConformance:
     """
 
     recall: float = 1.0
-    """The share of the true nearest that a query finds, with a filter and without; 1.0 says that it is exact.
+    """The share of the true nearest points that a query finds, with and without a filter. 1.0 means exact.
 
-    Of an index that is exact, fewer matches than were asked for mean that there are no more.
+    In an exact index, an answer shorter than the limit holds all points that match.
     """
     tolerance: float = 1e-4
-    """How far a distance may be from the one that NumPy computes in double precision."""
+    """The largest difference between a distance and the distance that NumPy computes in double precision."""
     persistent: bool = False
-    """What is written outlives the process, a ``kill -9`` too. Override the fixture `program`."""
+    """Acknowledged writes outlive the process, even after a ``kill -9``. Override the fixture `program`."""
     shared: bool = False
     """Several objects on one storage may be open at once, and see each other's writes."""
     remote: bool = False
-    """It is reached over a connection, which `outage` breaks. Otherwise it says ``in_process = True``."""
+    """The index is behind a connection, which `outage` breaks. Otherwise it has ``in_process = True``."""
     fenced: bool = False
-    """It is a `FencedIndex`."""
+    """The index is a `FencedIndex`."""
     purgeable: bool = False
-    """``purge()`` does what `PurgeableIndex` says. Override the fixture `files`, where it has any."""
+    """``purge()`` works as in `PurgeableIndex`. Override the fixture `files` if the index has files."""
     marked: bool = False
-    """It is a `MarkedIndex`."""
+    """The index is a `MarkedIndex`."""
     atomic: bool = True
-    """What a query says of a point is of one write, even while another is under way."""
+    """Fingerprint and distance of a match come from one write, even during another write."""
 
     # -- to override ---------------------------------------------------------------------------------------------------
 
     @pytest.fixture
     def make(self) -> Make:
-        """Returns a new index object that is not open, on a storage of this test's own: the same for each call."""
+        """A function that returns a new index object, not yet open. All objects of one test share one storage."""
         raise NotImplementedError("override the fixture `make`")
 
     @pytest.fixture
     def program(self) -> str | None:
-        """Python source that defines ``index``, on a storage of this test's own, in another process."""
+        """Python source that defines ``index`` in another process, on the storage of this test."""
         return None
 
     @pytest.fixture
     def files(self) -> Path | None:
-        """The folder that holds everything that `make`'s index writes."""
+        """The folder with all files of the index that `make` returns."""
         return None
 
     def outage(self) -> AbstractContextManager[object]:
-        """While it lasts, the index cannot be reached; afterwards it can."""
+        """A context manager. Inside it the index cannot be reached, and afterwards it can."""
         raise NotImplementedError("a remote index: override `outage`")
 
     # -- fixtures ------------------------------------------------------------------------------------------------------
 
     @pytest.fixture
     def another(self, make: Make) -> Iterator[Make]:
-        """`make`, and everything that it made is closed at the end."""
+        """`make`, with all its indexes closed at the end."""
         indexes: list[VectorIndex] = []
 
         def make_and_keep() -> VectorIndex:
@@ -130,10 +130,10 @@ class IndexConformance:
         closed.open(embedder=EMBEDDER, dimension=3)
         return closed
 
-    # -- what it is ----------------------------------------------------------------------------------------------------
+    # -- the port ------------------------------------------------------------------------------------------------------
 
-    def test_it_is_what_it_says(self, index: VectorIndex) -> None:
-        """The port's names are there, and optional parts exactly as claimed."""
+    def test_index_has_exactly_the_declared_parts(self, index: VectorIndex) -> None:
+        """The index has all names of the port, and the optional parts exactly as declared."""
         assert isinstance(index, VectorIndex)
         assert isinstance(index.incarnation, str)
         assert index.incarnation
@@ -145,7 +145,7 @@ class IndexConformance:
         assert keeps_mark(index) is self.marked
 
     def test_open_comes_first(self, closed: VectorIndex) -> None:
-        """Before it, every call says so."""
+        """Before `open`, every call raises an error that names it."""
         calls: list[Callable[[], object]] = [
             lambda: closed.upsert([point("a")]),
             lambda: closed.query(vector(*X), 1),
@@ -162,7 +162,7 @@ class IndexConformance:
         assert (index.incarnation, fingerprints(index)) == (before, {"a": "f"})
 
     def test_a_closed_index_can_be_closed_and_opened(self, index: VectorIndex) -> None:
-        """To close is idempotent; opened again, the same object has the same content."""
+        """`close` is idempotent. After another `open`, the same object has the same content."""
         index.upsert([point("a", Y)])
         before = index.incarnation
         index.close()
@@ -173,7 +173,7 @@ class IndexConformance:
     # -- its mark ------------------------------------------------------------------------------------------------------
 
     def test_the_mark_is_the_last_one(self, index: VectorIndex, another: Make) -> None:
-        """None at first; it is kept where points are, and changes neither them nor the incarnation."""
+        """The mark is None at first. It lives as long as the points, and changes neither them nor the incarnation."""
         if not keeps_mark(index):
             return
         index.upsert([point("a", Y)])
@@ -193,7 +193,7 @@ class IndexConformance:
         assert second.read_mark() == ("2." + "b" * 98 if kept else None)
 
     def test_the_mark_of_another_object_is_read(self, index: VectorIndex, another: Make) -> None:
-        """Where several share a storage."""
+        """If several objects share a storage, each reads the mark of another one."""
         if not keeps_mark(index) or not self.shared:
             return
         index.write_mark("1.a")
@@ -206,7 +206,7 @@ class IndexConformance:
     # -- lifetimes -----------------------------------------------------------------------------------------------------
 
     def test_object_after_the_first_finds_content_as_declared(self, index: VectorIndex, another: Make) -> None:
-        """It finds content and incarnation where they outlive an object; elsewhere it is empty, and another one."""
+        """A second object finds content and incarnation if they outlive the first. Otherwise it is empty and new."""
         index.upsert([point("a", Y, fingerprint="fa", metadata={"role": "tip"})])
         before = index.incarnation
         index.close()
@@ -219,7 +219,7 @@ class IndexConformance:
         assert ids_where(second, {"role": {"$eq": "tip"}}) == ({"a"} if kept else set())
 
     def test_object_beside_the_first_shares_content_as_declared(self, index: VectorIndex, another: Make) -> None:
-        """Shared: each sees what the other writes. Else it is another index, or it is refused."""
+        """If shared, each object sees the other's writes. Otherwise the second is another index, or is refused."""
         index.upsert([point("a")])
         second = another()
         if self.persistent and not self.shared:
@@ -235,8 +235,8 @@ class IndexConformance:
         assert set(contents(second, ["a", "b"])) == ({"a"} if self.shared else {"b"})
 
     def test_acknowledged_writes_outlive_a_kill(self, program: str | None) -> None:
-        """Each point is as the last call that returned left it, or as the one that was under way would have."""
-        assert (program is not None) is self.persistent, "a persistent index: override the fixture `program`"
+        """After a kill, each point is in the state of the last call that returned, or of the interrupted call."""
+        assert (program is not None) is self.persistent, "a persistent index must override the fixture `program`"
         if program is None:
             return
         chance, done = random.Random(5), 0
@@ -254,14 +254,14 @@ class IndexConformance:
     # -- writes --------------------------------------------------------------------------------------------------------
 
     def test_stored_points_come_back(self, index: VectorIndex) -> None:
-        """They come unnormalised: get leaves absent ids out, and minds no duplicates."""
+        """`get` returns vectors at their full length, leaves absent ids out, and accepts duplicate ids."""
         index.upsert([point("a", (3, 4, 0), fingerprint="fa"), point("b", Y, fingerprint="fb")])
         assert contents(index, ["b", "a", "nope", "a"]) == {"a": ("fa", [3, 4, 0]), "b": ("fb", [0, 1, 0])}
         assert all(isinstance(s, Stored) and s.vector.dtype == np.float32 for s in index.get(["a", "b"]))
         assert index.get([]) == []
 
     def test_upsert_replaces_everything(self, index: VectorIndex) -> None:
-        """Vector, fingerprint and all metadata are the last write's: a key it does not name is gone."""
+        """Vector, fingerprint and all metadata come from the last write. Keys missing in it are removed."""
         index.upsert([point("a", X, fingerprint="f1", metadata={"role": "tip", "old": 1})])
         index.upsert([point("a", Y, fingerprint="f2", metadata={"role": None, "new": 2})])
         assert contents(index, ["a"]) == {"a": ("f2", [0, 1, 0])}
@@ -273,19 +273,19 @@ class IndexConformance:
         assert match.distance == pytest.approx(0, abs=1e-6)
 
     def test_the_last_of_a_batch_wins(self, index: VectorIndex) -> None:
-        """The same id twice in one upsert is stored once, as given last."""
+        """An id that occurs twice in one upsert is stored once, with the last values."""
         index.upsert([point("a", X, fingerprint="f1"), point("a", Y, fingerprint="f2")])
         assert contents(index, ["a"]) == {"a": ("f2", [0, 1, 0])}
 
     def test_empty_writes_do_nothing(self, index: VectorIndex) -> None:
-        """An empty upsert, an empty delete and the delete of an absent id are no errors."""
+        """An empty upsert, an empty delete and the delete of an absent id raise no error."""
         index.upsert([])
         index.delete([])
         index.delete(["absent", "absent"])
         assert fingerprints(index) == {}
 
     def test_deleted_points_are_gone(self, index: VectorIndex) -> None:
-        """From get, scan and query alike; the others stay."""
+        """`get`, `scan` and `query` do not return deleted points. The others stay."""
         index.upsert([point(id_, fingerprint=id_) for id_ in "abcd"])
         index.delete(["a", "c", "absent"])
         assert fingerprints(index) == {"b": "b", "d": "d"}
@@ -293,7 +293,7 @@ class IndexConformance:
         assert set(contents(index, list("abcd"))) == {"b", "d"}
 
     def test_a_deleted_point_can_come_back(self, index: VectorIndex) -> None:
-        """As what it is given now: nothing of what it was before."""
+        """A point that comes back has only its new values, and none from before."""
         index.upsert([point("a", X, fingerprint="f1", metadata={"old": 1})])
         index.delete(["a"])
         index.upsert([point("a", Y, fingerprint="f2")])
@@ -301,7 +301,7 @@ class IndexConformance:
         assert ids_where(index, {"old": {"$eq": 1}}) == set()
 
     def test_replays_change_nothing(self, index: VectorIndex) -> None:
-        """Each call once or several times, as a relay that got no answer makes it: the same content."""
+        """Repeated calls leave the same content. A relay repeats a call when it got no answer."""
         chance = random.Random(3)
         for number in range(12):
             upserted, deleted = churn.round_of(number)
@@ -314,7 +314,7 @@ class IndexConformance:
         assert fingerprints(index) == {id_: mark for id_, (mark, _) in expected.items()}
 
     def test_large_batch_is_written_read_and_deleted(self, index: VectorIndex) -> None:
-        """Hundreds of points go in, come back and go out in one call each."""
+        """One call writes, reads or deletes hundreds of points."""
         ids = [f"p{n}" for n in range(min(index.max_batch, 300))]
         index.upsert([point(id_) for id_ in ids])
         assert set(contents(index, ids)) == set(ids)
@@ -322,7 +322,7 @@ class IndexConformance:
         assert fingerprints(index) == {}
 
     def test_batch_over_the_maximum_is_never_taken_in_part(self, index: VectorIndex) -> None:
-        """It is taken, or refused as a whole; never taken in part."""
+        """A batch over the maximum is stored as a whole, or refused as a whole."""
         size = min(index.max_batch, _MOST)
         points = [point(f"p{n:05}") for n in range(size + 1)]
         ids = [p.id for p in points]
@@ -340,7 +340,7 @@ class IndexConformance:
         assert fingerprints(index) == {}
 
     def test_random_histories_agree_with_a_dict(self, index: VectorIndex) -> None:
-        """After random upserts and deletes the content is what a dict would hold."""
+        """After random upserts and deletes, the index has the same content as a dict."""
         rng = random.Random(2)
         expected: dict[str, tuple[str, list[float]]] = {}
         names = [f"n{n}" for n in range(12)]
@@ -358,7 +358,7 @@ class IndexConformance:
         assert {match.id for match in index.query(vector(*X), 100)} == set(expected)
 
     def test_text_of_every_kind_is_stored_and_found(self, index: VectorIndex) -> None:
-        """Ids, metadata names and values of any script, with quotes and control characters, and of 64 KB."""
+        """Ids, metadata names and values may have any script, quotes, control characters and 64 KB."""
         odd = ["é", "e\u0301", "🙂", "ﬀ", "السلام", "a'b\"c\\d", "%s {x} $1 :p", "tab\tline\n", "\x7f", "[1]", " "]
         odd.append("long" * 16384)
         ids = [f"note[{json.dumps(text, ensure_ascii=False)}]" for text in odd]
@@ -379,7 +379,7 @@ class IndexConformance:
 
     @pytest.mark.parametrize("bad", [(1, float("nan"), 0), (1, float("inf"), 0), (1, 0)], ids=str)
     def test_a_bad_vector_is_rejected(self, index: VectorIndex, bad: tuple[float, ...]) -> None:
-        """NaN, infinity or the wrong dimension: refused by name, and nothing of the batch is stored."""
+        """A vector with NaN, infinity or another dimension is refused by name. Nothing of its batch is stored."""
         with pytest.raises(DeliveryRejected, match="bad-one"):
             index.upsert([point("good"), point("bad-one", bad)])
         assert fingerprints(index) == {}
@@ -389,7 +389,7 @@ class IndexConformance:
     # -- the fence -----------------------------------------------------------------------------------------------------
 
     def test_overtaken_write_leaves_one_whole_write(self, index: VectorIndex) -> None:
-        """Fenced: what was written under a higher epoch stays. Else there is one of the two, as a whole."""
+        """In a fenced index, the write with the higher epoch stays. Otherwise one of the two is there, as a whole."""
         index.upsert([point("a", X, fingerprint="five", epoch=5), point("b", X, fingerprint="five", epoch=5)])
         index.upsert([point("a", Y, fingerprint="four", epoch=4), point("c", Y, fingerprint="four", epoch=4)])
         stored = contents(index, ["a", "b", "c"])
@@ -397,13 +397,13 @@ class IndexConformance:
         assert (stored["b"], stored["c"]) == (("five", [1, 0, 0]), ("four", [0, 1, 0]))
         index.upsert([point("a", Z, fingerprint="five again", epoch=5), point("b", Z, fingerprint="six", epoch=6)])
         assert fingerprints(index) == {"a": "five again", "b": "six", "c": "four"}
-        index.upsert([point("b", X, fingerprint="any")])  # 0 stands for no epoch, and is not remembered as one
+        index.upsert([point("b", X, fingerprint="any")])  # epoch 0 means no epoch, and is not remembered
         assert fingerprints(index)["b"] == "any"
         index.upsert([point("b", Y, fingerprint="five", epoch=5)])
         assert fingerprints(index)["b"] in ["any", "five"][: 1 if self.fenced else 2]
 
     def test_overtaken_delete_leaves_newer_points_alone(self, index: VectorIndex, another: Make) -> None:
-        """Fenced: it leaves alone what is newer, and is itself remembered, by another object too."""
+        """In a fenced index, a delete leaves newer points alone. Every object remembers its epoch."""
         if not isinstance(index, FencedIndex):
             assert not self.fenced
             return
@@ -420,11 +420,11 @@ class IndexConformance:
             assert fingerprints(second) == {"a": "f"}
         index.upsert([point("b", Y, epoch=6), point("absent", epoch=7)])
         assert contents(index, ["b"]) == {"b": ("f", [0, 1, 0])}
-        index.delete(["absent", "a"])  # 0 stands for no epoch
+        index.delete(["absent", "a"])  # epoch 0 means no epoch
         assert fingerprints(index) == {"b": "f"}
 
     def test_reordered_writes_end_with_the_highest_epoch(self, index: VectorIndex) -> None:
-        """Fenced: in whatever order they land, and however often, the highest epoch's is what is there."""
+        """In a fenced index, the write with the highest epoch wins, in any order and with repetitions."""
         if not isinstance(index, FencedIndex):
             assert not self.fenced
             return
@@ -445,7 +445,7 @@ class IndexConformance:
     # -- queries -------------------------------------------------------------------------------------------------------
 
     def test_query_returns_the_nearest_first(self, index: VectorIndex) -> None:
-        """Distances are cosine: 0 in the same direction whatever the length, 1 at a right angle, 2 opposite."""
+        """Distances are cosine: 0 in the same direction at any length, 1 at a right angle, 2 in the opposite one."""
         index.upsert(
             [point("opposite", (-2, 0, 0)), point("right", Z), point("same", (5, 0, 0)), point("near", (1, 1, 0))]
         )
@@ -457,13 +457,13 @@ class IndexConformance:
         assert index.query(vector(9, 0, 0), 0) == []
 
     def test_a_zero_vector_is_far_from_everything(self, index: VectorIndex) -> None:
-        """Its distance is 1, on either side."""
+        """A zero vector has distance 1, as a point and as a query."""
         index.upsert([point("zero", (0, 0, 0)), point("x", X)])
         assert {m.id: m.distance for m in index.query(vector(*X), 5)} == pytest.approx({"x": 0, "zero": 1}, abs=1e-6)
         assert {m.id: m.distance for m in index.query(vector(0, 0, 0), 5)} == pytest.approx({"x": 1, "zero": 1})
 
     def test_an_empty_index_answers(self, index: VectorIndex) -> None:
-        """Nothing stored, nothing found, with any restriction."""
+        """An empty index returns empty answers, with any restriction."""
         assert index.query(vector(*X), 5) == []
         assert index.query(vector(*X), 5, where={"a": {"$eq": 1}}) == []
         assert index.query(vector(*X), 5, ids=["a"]) == []
@@ -471,9 +471,9 @@ class IndexConformance:
         assert index.get(["a"]) == []
 
     def test_nearest_are_those_of_numpy(self, closed: VectorIndex) -> None:
-        """Distances within the tolerance, and as many of the true nearest as claimed: also under restrictions.
+        """Distances are within the tolerance, and queries find the declared share, also with restrictions.
 
-        Of points that were added, replaced and deleted, so that a graph has its scars.
+        The points were added, replaced and deleted before, because that damages a graph.
         """
         rng = np.random.default_rng(7)
         vectors = (rng.standard_normal((500, 32)) * rng.uniform(0.1, 10, (500, 1))).astype(np.float32)
@@ -520,7 +520,7 @@ class IndexConformance:
         assert distances == sorted(distances)
 
     def test_ids_restrict_the_query(self, index: VectorIndex) -> None:
-        """Absent ids and repeated ones among them do no harm; no ids, no matches."""
+        """Absent and repeated ids do no harm. An empty list of ids means no matches."""
         index.upsert([point(f"p{n}", (1, n, 0), metadata={"n": n}) for n in range(6)])
         assert [m.id for m in index.query(vector(*X), 2, ids=["p5", "p3", "absent", "p3", "p4"])] == ["p3", "p4"]
         assert [m.id for m in index.query(vector(*X), 9, ids=["absent", "p1"])] == ["p1"]
@@ -530,20 +530,20 @@ class IndexConformance:
         assert [m.id for m in answer] == ["p2", "p3"]
 
     def test_a_thousand_ids_restrict_the_query(self, index: VectorIndex) -> None:
-        """So many does a search name, where its criteria are no filter."""
+        """A search passes up to this many ids if its criteria cannot become a filter."""
         size = min(index.max_batch, 1100)
         ids = [f"p{n}" for n in range(size)]
         index.upsert([point(id_, (1, 1 + n, 0)) for n, id_ in enumerate(ids)])
         assert [match.id for match in index.query(vector(*X), 3, ids=ids[5:][::-1])] == ["p5", "p6", "p7"]
 
     def test_filters_match_exactly_their_values(self, index: VectorIndex) -> None:
-        """Each operator matches exactly the values it should: no None, no other type, no rounded fraction."""
+        """Each operator matches only the right values: no None, no other type, no rounded fraction."""
         index.upsert([point(id_, metadata={"v": value}) for id_, value in _VALUES.items()] + [point("missing")])
         answers = {str(where): ids_where(index, where) for where, _ in _FILTERS}
         assert answers == {str(where): set(expected.split()) for where, expected in _FILTERS}
 
     def test_random_filters_agree_with_python(self, index: VectorIndex) -> None:
-        """On random metadata and nested filters every index answers as the in-memory one."""
+        """For random metadata and nested filters, every index gives the same answers as InMemoryIndex."""
         rng = random.Random(1)
         points = [point(f"p{n}", metadata={key: rng.choice(_OPERANDS) for key in "ab"}) for n in range(40)]
         exact = InMemoryIndex()
@@ -553,20 +553,20 @@ class IndexConformance:
         filters = [_random_filter(rng, 2) for _ in range(30)]
         assert [ids_where(index, where) for where in filters] == [ids_where(exact, where) for where in filters]
 
-    def test_what_is_no_filter_is_rejected(self, index: VectorIndex) -> None:
-        """An unknown operator or operand is an error, not an empty answer."""
+    def test_an_invalid_filter_is_rejected(self, index: VectorIndex) -> None:
+        """An unknown operator or operand raises an error. It is not an empty answer."""
         for condition in (1, {}, {"$ne": 1}, {"$gt": "a"}, {"$gt": True}, {"$lt": float("inf")}, {"$eq": b"x"}):
             with pytest.raises(DeliveryRejected):
                 index.query(vector(*X), 1, where={"v": condition})
-        no_filters: list[Filter] = [{"$not": []}, {"$and": {}}, {"$or": [1]}]
-        for where in no_filters:
+        invalid_filters: list[Filter] = [{"$not": []}, {"$and": {}}, {"$or": [1]}]
+        for where in invalid_filters:
             with pytest.raises(DeliveryRejected):
                 index.query(vector(*X), 1, where=where)
 
     # -- listing -------------------------------------------------------------------------------------------------------
 
     def test_scan_lists_in_id_order(self, index: VectorIndex) -> None:
-        """By code point, page by page, each entry with its fingerprint; after an id that is not stored, too."""
+        """`scan` lists ids by code point, page by page, with fingerprints. *after* may be an id that is not stored."""
         ids = ["b", "a", "Z", "é", "z", "aa", "10", "9", "🙂", "ﬀ"]
         index.upsert([point(id_, fingerprint=f"f{id_}") for id_ in ids])
         everything = [Entry(id_, f"f{id_}") for id_ in sorted(ids)]
@@ -575,13 +575,13 @@ class IndexConformance:
         assert index.scan("🙂", 5) == []
 
     def test_long_ids_are_listed_in_order(self, index: VectorIndex) -> None:
-        """Those too that differ only after thousands of characters."""
+        """The order is right even for ids that differ only after thousands of characters."""
         ids = [f"{'a' * 3000}{n}" for n in range(5)] + ["a" * 2999, "b"]
         index.upsert([point(id_, fingerprint=f"f{n}") for n, id_ in enumerate(ids)])
         assert list(fingerprints(index, page=2)) == sorted(ids)
 
     def test_scan_goes_on_while_points_change(self, index: VectorIndex) -> None:
-        """What is there throughout the pass is listed once, with the fingerprint it has when its page is read."""
+        """A point that stays during the whole scan is listed once, with its fingerprint at the time of its page."""
         index.upsert([point(f"p{n}", fingerprint="old") for n in range(8)])
         first = index.scan(None, 3)
         index.delete(["p0", "p4", "p5"])
@@ -592,8 +592,8 @@ class IndexConformance:
         assert index.scan("p7", 10) == []
         assert fingerprints(index) == {"p1": "new", "p2": "old", "p3": "old", "p6": "new", "p7": "old"}
 
-    def test_a_new_pass_sees_what_is_new(self, index: VectorIndex) -> None:
-        """A pass that was given up does not leave its listing to the next."""
+    def test_a_new_scan_sees_new_points(self, index: VectorIndex) -> None:
+        """A new scan does not use the list of an unfinished one."""
         index.upsert([point("b"), point("d")])
         assert index.scan(None, 1) == [Entry("b", "f")]
         index.upsert([point("a"), point("c")])
@@ -602,7 +602,7 @@ class IndexConformance:
     # -- several callers -----------------------------------------------------------------------------------------------
 
     def test_concurrent_writers_of_different_points_lose_nothing(self, index: VectorIndex) -> None:
-        """Concurrent writers of different ids lose nothing, and readers meanwhile do not fail."""
+        """Concurrent writers of different ids lose no writes, and readers at the same time do not fail."""
 
         def work(worker: int) -> None:
             ids = [f"w{worker}-{n}" for n in range(6)]
@@ -618,7 +618,7 @@ class IndexConformance:
         assert fingerprints(index) == {f"w{worker}-{n}": "1" for worker in range(4) for n in range(2, 6)}
 
     def test_concurrent_writers_of_the_same_points_do_not_fail(self, index: VectorIndex) -> None:
-        """In different orders, in overlapping batches: no call fails, and each point is as one of them wrote it."""
+        """Overlapping batches in different orders raise no error, and each point comes from one of the writes."""
         names = [f"n{n}" for n in range(8)]
 
         def work(worker: int) -> None:
@@ -640,7 +640,7 @@ class IndexConformance:
                 assert values == [worker + 1, number, 1]
 
     def test_scan_beside_a_writer_lists_each_point_once(self, index: VectorIndex) -> None:
-        """Every point that is there throughout is listed exactly once, in order, however others come and go."""
+        """Each point that stays during the scan is listed once, in order, while other points come and go."""
         stable = [f"p{n:03}" for n in range(0, 60, 2)]
         moving = [f"p{n:03}" for n in range(1, 60, 2)]
         index.upsert([point(id_, fingerprint="stable") for id_ in stable])
@@ -659,7 +659,7 @@ class IndexConformance:
         index.delete(moving)
 
     def test_query_beside_a_writer_matches_written_points(self, index: VectorIndex) -> None:
-        """A match's fingerprint and its distance are of one write (``atomic``), or each is of some write."""
+        """Fingerprint and distance of a match come from one write (``atomic``), or at least from written points."""
         versions = {"x": X, "y": Y}
         answers = [("x", 0), ("y", 1)] if self.atomic else [("x", 0), ("x", 1), ("y", 0), ("y", 1)]
         index.upsert([point("a", X, fingerprint="x"), point("b", Z, fingerprint="b")])
@@ -679,14 +679,14 @@ class IndexConformance:
         self._beside(ask, write)
 
     @staticmethod
-    def _beside(work: Callable[[], None], again: Callable[[], None]) -> None:
-        """*work*, while another thread does *again* again and again."""
+    def _beside(work: Callable[[], None], noise: Callable[[], None]) -> None:
+        """Run *work* while another thread repeats *noise*."""
         stop, failures = threading.Event(), []
 
         def repeat() -> None:
             try:
                 while not stop.is_set():
-                    again()
+                    noise()
             except Exception as error:  # noqa: BLE001  # raised below, in the thread of the test
                 failures.append(error)
 
@@ -700,7 +700,7 @@ class IndexConformance:
         if failures:
             raise failures[0]
 
-    # -- what does not fit, and what fails -----------------------------------------------------------------------------
+    # -- mismatches and failures ---------------------------------------------------------------------------------------
 
     def test_another_embedder_is_refused(self, index: VectorIndex) -> None:
         """The error names both embedders, and the index stays usable."""
@@ -715,7 +715,7 @@ class IndexConformance:
             index.open(embedder=EMBEDDER, dimension=4)
 
     def test_another_object_is_refused_another_embedder(self, index: VectorIndex, another: Make) -> None:
-        """What the storage was built with outlives the object, where content does; the content stays."""
+        """If content outlives the object, so do its embedder and dimension. A refusal leaves the content unchanged."""
         index.upsert([point("a")])
         index.close()
         second = another()
@@ -730,12 +730,12 @@ class IndexConformance:
             assert fingerprints(second) == {}
 
     def test_an_outage_is_retryable(self, index: VectorIndex) -> None:
-        """Every call says so, chained from the vendor's error; afterwards the same object goes on.
+        """In an outage, every call raises DeliveryRetryable from the vendor's error. Later the same object works again.
 
-        What does not outlive an outage is gone as another incarnation.
+        An index that loses its content in an outage has another incarnation afterwards.
         """
         if not self.remote:
-            return  # and says so: see test_it_is_what_it_says
+            return  # test_index_has_exactly_the_declared_parts checks `in_process`
         index.upsert([point("a")])
         before = index.incarnation
         calls: list[Callable[[], object]] = [
@@ -756,7 +756,7 @@ class IndexConformance:
                 index.open(embedder=EMBEDDER, dimension=3)
                 index.upsert([point("b")])
                 break
-            except DeliveryRetryable:  # of a connection that was made before
+            except DeliveryRetryable:  # the connection may be older than the outage
                 assert attempt < 19
         kept = index.incarnation == before
         assert kept or not self.persistent
@@ -765,7 +765,7 @@ class IndexConformance:
     # -- erasure -------------------------------------------------------------------------------------------------------
 
     def test_purge_removes_deleted_points_from_the_files(self, index: VectorIndex, files: Path | None) -> None:
-        """What was deleted or replaced is in no file any more, and all else is as before; or it is refused."""
+        """`purge` removes deleted and replaced points from the files, and changes nothing else. Or it is refused."""
         kept = [point(f"k{n}", (1, n, 0), fingerprint=f"f{n}", metadata={"n": n}) for n in range(20)]
         index.upsert(kept)
         index.upsert([point("gone", Y, metadata={"secret": _ERASED}), point("k3", Y, metadata={"secret": _ERASED})])
@@ -790,7 +790,7 @@ class IndexConformance:
 
 
 class _Content:
-    """The report of a killed program: the points in its index, and how many rounds are done."""
+    """The report of a killed program: the points in its index, and the number of finished rounds."""
 
     def __init__(self, first: str, numbers: list[str], done: int) -> None:
         self.incarnation, listed, stored, answer = json.loads(first)
@@ -800,7 +800,7 @@ class _Content:
 
 
 def _killed(program: str, done: int, *, lines: int | None) -> tuple[str, _Content]:
-    """Run *program*, which goes on after *done* rounds, and kill it after *lines* more; None: it only looks."""
+    """Run *program*, which continues after *done* rounds, and kill it after *lines* more. With None it only reads."""
     last = done if lines is None else None
     code = f"{program}\nfrom memstate_sa.testing import churn\nchurn.main(index, {done}, {last})"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
@@ -809,7 +809,7 @@ def _killed(program: str, done: int, *, lines: int | None) -> tuple[str, _Conten
         numbers = [process.stdout.readline() for _ in range(lines or 0)]
         process.kill()
         numbers += process.stdout.read().splitlines(keepends=True)
-    assert first.endswith("\n"), "the program failed: its error is above"
+    assert first.endswith("\n"), "the program failed, and its error is above"
     content = _Content(first, [line for line in numbers if line.endswith("\n")], done)
     return content.incarnation, content
 
@@ -835,7 +835,7 @@ _VALUES: dict[str, Any] = {
     "upper-tip": "TIP",
     "empty": "",
     "nul": "ti\0p",
-    "date": _DATE,  # as the relay hands a datetime over
+    "date": _DATE,  # the relay passes a datetime in this form
     "none": None,
     "nan": float("nan"),
     "infinity": float("inf"),

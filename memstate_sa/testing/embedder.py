@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class HashEmbedder:
-    """Hashed words and letter trigrams as unit vectors: texts that share spelling are near. Blank text is zero."""
+    """Unit vectors of hashed words and letter trigrams: similar spellings are near. Blank text has a zero vector."""
 
     def __init__(self, dimension: int = 64) -> None:
         self.dimension = dimension

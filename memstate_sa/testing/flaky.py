@@ -1,4 +1,4 @@
-"""An index that fails now and then."""
+"""An index that fails at random."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ T = TypeVar("T")
 
 
 class FlakyIndex:
-    """*inner*, with DeliveryRetryable raised in a share *rate* of the calls, reproducibly by *seed* in one thread.
+    """Wraps *inner*, and raises DeliveryRetryable in the share *rate* of its calls.
 
-    A read fails before it happens. A write fails before it, after it (a lost acknowledgement) or, with *partial*, after
-    half of its batch. ``open``, ``close`` and ``incarnation`` never fail. ``rate`` may be changed at any time: 0 heals.
+    In one thread, *seed* makes the failures reproducible. A read fails before it happens. A write fails before it
+    happens, after it (a lost acknowledgement) or, with *partial*, after half of its batch. ``open``, ``close`` and
+    ``incarnation`` never fail. ``rate`` may be changed at any time, and 0 ends the failures.
     """
 
     def __init__(self, inner: VectorIndex, *, rate: float = 0.1, seed: int = 0, partial: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Small points, and what an index holds, in a form that compares by content."""
+"""Small points for tests, and the content of an index in a form that tests can compare."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def point(
 
 
 def fingerprints(index: VectorIndex, page: int = 100) -> dict[str, str]:
-    """Everything *index* lists, by id; AssertionError where it is not in order."""
+    """The fingerprints of all points in *index*, by id. Asserts that `scan` lists them in order."""
     listed: dict[str, str] = {}
     after: str | None = None
     while entries := index.scan(after, page):
@@ -41,7 +41,7 @@ def fingerprints(index: VectorIndex, page: int = 100) -> dict[str, str]:
 
 
 def contents(index: VectorIndex, ids: Sequence[str]) -> dict[str, tuple[str, list[float]]]:
-    """Fingerprint and vector of what is stored of *ids*; rounded, as an index may lose the last bit."""
+    """Fingerprint and vector of the stored points among *ids*. Rounded, because an index may lose the last bit."""
     return {stored.id: (stored.fingerprint, stored.vector.round(5).tolist()) for stored in index.get(ids)}
 
 

@@ -1,1 +1,1 @@
-"""Which classes are facts, and what an index sees of them."""
+"""The tracked classes, and the projections of their rows for indexes."""

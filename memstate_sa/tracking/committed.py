@@ -1,4 +1,4 @@
-"""The rows as they are committed, by themselves or projected to what an index should hold."""
+"""The committed rows of a tracked class, and their projections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 
 def raw_key_columns(columns: TableColumns) -> list[ColumnElement[Any]]:
-    """The primary key as `TableColumns.encode_key` takes it."""
+    """The columns of the primary key, with the values that `TableColumns.encode_key` takes."""
     keys = columns.table.primary_key.columns
     return [columns.raw(column).label(f"memstate_key_{n}") for n, column in enumerate(keys)]
 
@@ -35,7 +35,7 @@ def _split(tracked: Tracked, row: Row[Any]) -> tuple[str, Sequence[Any]]:
 
 
 def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
-    """The rows of *keys* that exist, each as the values `Tracked.project` takes."""
+    """The existing rows of *keys*, each as the values that `Tracked.project` takes."""
     columns = tracked.columns_for(connection.dialect)
     statement = _rows(tracked, columns).where(columns.key_in)
     values: dict[str, Sequence[Any]] = {}
@@ -49,16 +49,16 @@ def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[
 def project(
     connection: Connection, tracked: Tracked, keys: Sequence[str], embedder: str
 ) -> Iterator[Projection | tuple[str, Exception]]:
-    """What an index should hold for each of *keys* that exists, or (key, what its text callable raised)."""
+    """The projection of each existing row of *keys*, or (key, error) if its text function raised."""
     for key, row in read(connection, tracked, keys).items():
         try:
             yield tracked.project(key, row, embedder)
-        except Exception as error:  # noqa: BLE001  # the application's own callable: one bad row stops no other
+        except Exception as error:  # noqa: BLE001  # the function is the application's, and one bad row stops no other
             yield key, error
 
 
 def count(connection: Connection, tracked: Tracked) -> int:
-    """How many rows the class has."""
+    """The number of rows of the class."""
     rows = select(func.count()).select_from(tracked.rows)
     row_count: int = connection.scalars(rows if tracked.criterion is None else rows.where(tracked.criterion)).one()
     return row_count
@@ -75,7 +75,7 @@ def page(
 ) -> list[str]:
     """Up to *limit* keys in primary-key order, after the key *after* and *skip* more, up to the key *until*.
 
-    A bound that no row can have, as the type of the key has changed, is none.
+    A bound that no row can have is ignored: the type of the key has changed.
     """
     columns = tracked.columns_for(connection.dialect)
     possible = columns.possible(connection, filter(None, (after, until)))
@@ -93,7 +93,7 @@ def page(
 
 
 def _compared(connection: Connection, tracked: Tracked, key: Sequence[Any]) -> tuple[Any, Any]:
-    """The primary key's columns and the values of *key*, to be compared by the database, in its collations."""
+    """The primary key's columns, and the values of *key*. The database compares them, in its collations."""
     columns = tracked.columns_for(connection.dialect)
     sides = [
         (type_coerce(column, RAW), columns.raw_bind(column, value))

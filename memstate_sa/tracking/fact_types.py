@@ -1,4 +1,4 @@
-"""The types of a MemoryStore's facts: what `register_schema` has declared, and the checks that follow from it."""
+"""The types of a MemoryStore's facts: their declarations by `register_schema`, and the checks of payloads."""
 
 from __future__ import annotations
 
@@ -34,30 +34,32 @@ class FactTypes:
     def register(self, name: str, model: Any, unique_by: str | Sequence[str] | None, *, immutable: bool) -> None:
         """Declare a type. Raises MemstateError when *model* is no Pydantic model, or lacks a field of *unique_by*."""
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            raise MemstateError(f"model={model!r}: give a Pydantic model class")
+            raise MemstateError(f"model={model!r} is not a Pydantic model class. Give one.")
         check_texts(type=name)
         fields = (unique_by,) if isinstance(unique_by, str) else tuple(unique_by or ())
         unknown = [field for field in fields if field not in model.model_fields]
         if unknown:
-            raise MemstateError(f"{model.__name__} has no field {unknown[0]!r}")
+            raise MemstateError(
+                f"unique_by={unknown[0]!r} is not a field of {model.__name__}. It has: {', '.join(model.model_fields)}."
+            )
         self._types[name] = FactType(model, tuple(_unique_names(model, field) for field in fields), immutable)
 
     def name_of(self, model: type[BaseModel]) -> str:
-        """The type whose facts are *model*. Raises MemstateError when there is none."""
+        """The name of the type with this *model*. Raises MemstateError when there is none."""
         name = next((name for name, fact_type in self._types.items() if fact_type.model is model), None)
         if name is None:
-            raise MemstateError(f"{model.__name__} is not registered; register_schema() does that")
+            raise MemstateError(f"{model.__name__} is not registered. Call register_schema() first.")
         return name
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Raise ValidationFailed, or Pydantic's ValidationError, unless a fact may have these values."""
         if "type" not in values or "payload" not in values:
-            return  # not loaded; the row itself is checked after the statement
+            return  # they are not loaded, and the row itself is checked after the statement
         name, payload = values["type"], values["payload"]
         fact_type = self._types.get(name) if isinstance(name, str) else None
         if fact_type is None:
             if self._strict:
-                raise invalid("type", f"unknown fact type {name!r}; register_schema() declares one")
+                raise invalid("type", f"Unknown fact type {name!r}. Declare it with register_schema().")
         else:
             fact_type.model.model_validate(payload)
         for column, limit in (("id", 64), ("type", 128), ("session_id", None)):
@@ -66,7 +68,7 @@ class FactTypes:
                 continue
             if not is_text(value) or (limit is not None and not 1 <= len(value) <= limit):
                 expected = "a string" if limit is None else f"a string of 1 to {limit} characters"
-                raise invalid(column, f"{expected}, without NUL or lone surrogates")
+                raise invalid(column, f"It must be {expected}, without NUL or lone surrogates.")
         check_payload(payload)
 
     def require_valid(self, values: Mapping[str, Any]) -> None:
@@ -92,24 +94,27 @@ class FactTypes:
 
 
 def check_texts(**values: Any) -> None:
-    """Raise MemstateError unless each value is None or a string that both databases hold.
+    """Raise MemstateError unless each value is None or a string that both databases can hold.
 
-    A driver would refuse it in its own words, and only when the transaction ends.
+    A driver would refuse such a value only when the transaction ends, with an unclear message.
     """
     for name, value in values.items():
         if value is not None and not is_text(value):
-            raise MemstateError(f"{name}={value!r}: give a string, without NUL or lone surrogates")
+            raise MemstateError(f"{name}={value!r} is not valid. Give a string without NUL or lone surrogates.")
 
 
 def check_id(id_: Any) -> None:
     """Raise MemstateError unless *id_* can be the id of a fact."""
     if not is_text(id_):
-        raise MemstateError(f"id={id_!r}: give the string that commit() returned")
+        raise MemstateError(f"id={id_!r} is not a fact's id. Give the string that commit() returned.")
 
 
 def _unique_names(model: type[BaseModel], field: str) -> tuple[str, ...]:
     aliases = read_names(model, field)
     names = tuple(name for name in aliases if isinstance(name, str))
     if names != aliases:
-        raise MemstateError(f"unique_by={field!r}: its alias is a path (AliasPath) into the payload; give it a name")
+        raise MemstateError(
+            f"Cannot use unique_by={field!r}: its alias is a path (AliasPath) into the payload. Give it an alias that "
+            "is a name."
+        )
     return names

@@ -1,4 +1,4 @@
-"""The tables of a mapped class, and the checks that its rows can be told apart by them."""
+"""The tables of a mapped class, and checks that each of its rows has one key in them."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from memstate_sa.errors import MemstateError
 
 
 def inheritance_criterion(mapper: Mapper[Any]) -> ColumnElement[bool] | None:
-    """Which rows of a table shared by single-table inheritance are of this class; None for all of them."""
+    """The condition for rows of this class in a table of single-table inheritance. None if all rows are."""
     if mapper.polymorphic_on is None or not mapper.single:
         return None
     return mapper.polymorphic_on.in_([subclass.polymorphic_identity for subclass in mapper.self_and_descendants])
 
 
 def tables_of(mapper: Mapper[Any]) -> tuple[Table, ...]:
-    """The tables of which a row of exactly this class is made, that of the base class first."""
+    """The tables of a row of exactly this class. The base class' table comes first."""
     above = tables_of(mapper.inherits) if mapper.inherits is not None and not mapper.concrete else ()
-    table: Any = mapper.local_table  # check_tables() sees to it that it is one
+    table: Any = mapper.local_table  # check_tables() makes sure that it is a Table
     return above if table in above else (*above, table)
 
 
 def image_name(column: Column[Any], root: Table) -> str:
-    """What an image calls *column* of a class whose keys are those of *root*."""
+    """The name of *column* in an image. *root* is the first table of the class."""
     table = column.table
     return str(column.name if table is root else f"{table.fullname}.{column.name}")  # not a quoted_name
 
 
 def is_concrete_below(mapper: Mapper[Any], base: Mapper[Any]) -> bool:
-    """Whether *mapper* has its rows elsewhere than *base*, from which it inherits."""
+    """Whether *mapper* inherits from *base*, but has its rows in other tables."""
     while mapper is not base and mapper.inherits is not None:
         if mapper.concrete:
             return True
@@ -51,18 +51,22 @@ def is_concrete_below(mapper: Mapper[Any], base: Mapper[Any]) -> bool:
 
 
 def check_tables(mapper: Mapper[Any]) -> Table:
-    """The table that the class has its keys from. Raises MemstateError when its rows cannot be told by them."""
+    """The table with the keys of the class. Raises MemstateError when a row has no single key."""
     name = mapper.class_.__name__
     tables = tables_of(mapper)
     if not all(isinstance(table, Table) and table.primary_key.columns for table in tables):
-        raise MemstateError(f"{name} is not mapped to a table with a primary key")
+        raise MemstateError(
+            f"Cannot track {name}: it is not mapped to a table with a primary key. Map it to such a table."
+        )
     if issubclass(mapper.class_, ConcreteBase) and not mapper.concrete:
-        raise MemstateError(f"{name} is a union of tables (ConcreteBase): track its subclasses, or do without it")
+        raise MemstateError(
+            f"Cannot track {name}: it is a union of tables (ConcreteBase). Track its subclasses, or use another base."
+        )
     if tuple(mapper.primary_key) != tuple(tables[0].primary_key.columns):
         own, its = (", ".join(column.name for column in key) for key in (mapper.primary_key, tables[0].primary_key))
         raise MemstateError(
-            f"{name} is mapped by ({own}), but the primary key of table {tables[0].fullname} is ({its}): a fact has "
-            "the key of its row. Map the class by the table's primary key."
+            f"Cannot track {name}: its mapper has the primary key ({own}), but table {tables[0].fullname} has ({its}). "
+            "Map the class by the table's primary key."
         )
     if mapper.single or len(tables) == 1:
         return tables[0]
@@ -71,13 +75,14 @@ def check_tables(mapper: Mapper[Any]) -> Table:
     for above, below in pairwise(keys):
         if len(above) != len(below) or any(frozenset(pair) not in same for pair in zip(above, below, strict=True)):
             raise MemstateError(
-                f"the tables of {name} are not joined by their primary keys, in the same order: it cannot be tracked"
+                f"Cannot track {name}: its tables are not joined by their primary keys, in the same order. Join them "
+                "by their whole primary keys."
             )
     return tables[0]
 
 
 def _equated(mapper: Mapper[Any]) -> Iterator[tuple[Any, Any]]:
-    """The pairs of columns by which a joined subclass' table is joined to that of its base class."""
+    """The pairs of columns that join the table of a subclass to that of its base class."""
     if mapper.inherit_condition is not None:
         for part in visitors.iterate(mapper.inherit_condition):
             if isinstance(part, BinaryExpression) and part.operator is operators.eq:
@@ -85,7 +90,7 @@ def _equated(mapper: Mapper[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def check_all_tables(mapper: Mapper[Any], *, by_trigger: bool) -> Table:
-    """The table of the keys of *mapper*, whose subclasses can be tracked along. Raises MemstateError otherwise."""
+    """The table with the keys of *mapper*. Raises MemstateError when it or a subclass cannot be tracked."""
     table = check_tables(mapper)
     for subclass in mapper.self_and_descendants:
         if not is_concrete_below(subclass, mapper):
@@ -96,9 +101,9 @@ def check_all_tables(mapper: Mapper[Any], *, by_trigger: bool) -> Table:
 
 
 def check_trigger_table(mapper: Mapper[Any], table: Table) -> None:
-    """Raise MemstateError when a trigger on *table* would not see all of a row."""
+    """Raise MemstateError when a trigger on *table* would not see all parts of a row."""
     if tables_of(mapper) != (table,):
         raise MemstateError(
-            f"{mapper.class_.__name__} is in several tables (joined inheritance), of which a trigger sees one: track "
-            "it with capture='session'"
+            f"Cannot capture {mapper.class_.__name__} by triggers: it is in several tables (joined inheritance), and a "
+            "trigger sees only one. Track it with capture='session'."
         )

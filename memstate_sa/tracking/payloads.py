@@ -1,4 +1,4 @@
-"""JSON payloads of facts: converted, checked, compared and shown as text."""
+"""JSON payloads of facts: conversion, checks, comparison and text."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from memstate_sa.tracking.validation import read_names, to_validation_failed
 
 _NOT_JSON = (TypeError, ValueError, RecursionError)
 _DEEPEST = 20
-"""An error names so many keys at most: a payload may contain itself."""
+"""The most keys that an error names. A payload may contain itself, so there must be a limit."""
 _LONGEST_UNIQUE_TEXT = 200
 
 
 def invalid(field: str, message: str) -> ValidationFailed:
     """The error of a fact whose *field* is not valid."""
     errors = [{"type": "value_error", "loc": (field,), "msg": message}]
-    return ValidationFailed(f"Fact may not be remembered: {field}: {message}", errors=errors)
+    return ValidationFailed(f"Cannot save this Fact: {field}: {message}", errors=errors)
 
 
 # -- conversion -------------------------------------------------------------------------------------------------------
 
 
 def json_payload(payload: Any) -> Any:
-    """*payload* as JSON holds it, by the rules of Pydantic's JSON mode: a date is its ISO text, an enum its value."""
+    """*payload* as plain JSON, by Pydantic's JSON mode: a date becomes its ISO text, and an enum its value."""
     try:
         return to_jsonable_python(payload)
     except _NOT_JSON as error:
@@ -40,14 +40,14 @@ def json_payload(payload: Any) -> Any:
 
 
 def payload_of(model: BaseModel) -> Any:
-    """*model* as JSON, under the names by which its class reads it: those of a dump may be others.
+    """*model* as JSON with the field names that its class reads, which may differ from those of a dump.
 
-    Raises ValidationFailed when the class would read something else.
+    Raises ValidationFailed if the class would read a different model from it.
     """
     kind = type(model)
     dumped = model.model_dump(mode="json", by_alias=True, round_trip=True)
     payload = dumped
-    if isinstance(dumped, dict):  # no RootModel, and no serializer that makes something else of it
+    if isinstance(dumped, dict):  # a RootModel or a serializer may give another type
         names = {
             info.serialization_alias or name: next((n for n in read_names(kind, name) if isinstance(n, str)), name)
             for name, info in kind.model_fields.items()
@@ -59,12 +59,15 @@ def payload_of(model: BaseModel) -> Any:
         raise to_validation_failed("Fact", error) or ValidationFailed() from error
     if read.model_dump(mode="json", by_alias=True, round_trip=True) != dumped:
         field = next((name for name in kind.model_fields if getattr(read, name) != getattr(model, name)), "payload")
-        raise invalid(field, f"{kind.__name__} reads it back as something else: by another name, or by its validators")
+        raise invalid(
+            field,
+            f"{kind.__name__} does not read back the value that it wrote. Check the field's aliases and validators.",
+        )
     return payload
 
 
 def text_of(payload: Mapping[str, Any]) -> str:
-    """The payload as one line a field, without the braces and quotes that carry no meaning."""
+    """The payload as text, one line per field, without braces and quotes."""
     return "\n".join(f"{name}: {_flat(value)}" for name, value in payload.items() if value is not None)
 
 
@@ -80,18 +83,18 @@ def _flat(value: Any) -> str:
 
 
 def check_payload(payload: Any) -> None:
-    """Raise ValidationFailed unless both databases hold *payload*.
+    """Raise ValidationFailed unless both databases can hold *payload*.
 
-    PostgreSQL's JSONB takes neither NUL, lone surrogates nor NaN; SQLite would.
+    SQLite accepts NUL, lone surrogates and NaN, but PostgreSQL's JSONB does not.
     """
     if not isinstance(payload, dict):
-        raise invalid("payload", "a JSON object")
+        raise invalid("payload", f"It must be a JSON object, not a {type(payload).__name__}.")
     try:
         text = _json_text(payload)
     except _NOT_JSON as error:
         raise _not_json(payload, _json_text) from error
     if "\\u0000" in text and "\x00" in _strings(payload):
-        raise invalid("payload", "contains a NUL character, which JSONB cannot hold")
+        raise invalid("payload", "It contains a NUL character, which PostgreSQL's JSONB cannot hold. Remove it.")
 
 
 def filter_value(name: str, value: Any) -> str | int | float | bool | None:
@@ -100,13 +103,16 @@ def filter_value(name: str, value: Any) -> str | int | float | bool | None:
         if not isinstance(value, bytes):
             value = to_jsonable_python(value)
     except _NOT_JSON as error:
-        raise MemstateError(f"filter {name}={value!r}: a {type(value).__name__} is no JSON value") from error
+        raise MemstateError(
+            f"Cannot filter by {name}={value!r}: a {type(value).__name__} is not a JSON value. Give a string, number, "
+            "boolean or None."
+        ) from error
     if value is not None and not isinstance(value, (str, bool, int, float)):
-        raise MemstateError(f"filter {name}={value!r}: give a string, number, boolean or None")
+        raise MemstateError(f"Cannot filter by {name}={value!r}. Give a string, number, boolean or None.")
     if not is_text(name) or (isinstance(value, str) and not is_text(value)):
-        raise MemstateError(f"filter {name!r}: {value!r}: no payload holds NUL or lone surrogates")
+        raise MemstateError(f"Cannot filter by {name!r}: {value!r}. A payload has no NUL and no lone surrogates.")
     if isinstance(value, float) and not math.isfinite(value):
-        raise MemstateError(f"filter {name}={value!r}: no payload holds that")
+        raise MemstateError(f"Cannot filter by {name}={value!r}. A payload has only finite numbers.")
     return value
 
 
@@ -117,14 +123,14 @@ def _strings(value: Any) -> str:
 
 
 def _json_text(payload: Any) -> str:
-    """*payload* as text that both databases take. PostgreSQL's JSONB takes no lone surrogates and no NaN."""
+    """*payload* as JSON text for both databases. Raises for lone surrogates and NaN, which JSONB refuses."""
     text = json.dumps(payload, ensure_ascii=False, allow_nan=False)
     text.encode()
     return text
 
 
 def _not_json(value: Any, convert: Callable[[Any], Any], *path: Any) -> ValidationFailed:
-    """The error that names the innermost value that *convert* refuses, by its keys and its type."""
+    """The error that names the innermost value refused by *convert*, with its keys and its type."""
     parts: Any = value.items() if isinstance(value, Mapping) else ()
     if isinstance(value, (list, tuple)):
         parts = enumerate(value)
@@ -134,7 +140,7 @@ def _not_json(value: Any, convert: Callable[[Any], Any], *path: Any) -> Validati
     kind = type(value)
     type_name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
     where = ".".join(map(str, path)) or "it"
-    return invalid("payload", f"not JSON: {where} is a {type_name}; give what Pydantic's JSON mode takes")
+    return invalid("payload", f"Not JSON: {where} is a {type_name}. Give a value that Pydantic's JSON mode accepts.")
 
 
 def _converts(value: Any, convert: Callable[[Any], Any]) -> bool:
@@ -149,12 +155,12 @@ def _converts(value: Any, convert: Callable[[Any], Any]) -> bool:
 
 
 def canonical_text(value: Any) -> str:
-    """Equal JSON values as equal text: JSONB gives 1e16 back as an int, and names in another order."""
+    """JSON text that is the same for equal values. JSONB returns 1e16 as an int, and names in another order."""
     return json.dumps(json.loads(json.dumps(value), parse_float=_number), sort_keys=True)
 
 
 def unique_text(value: Any) -> str:
-    """The `canonical_text` of a value. A digest stands for a long one, as the text is indexed."""
+    """The `canonical_text` of a value, or a digest if it is long, because the database indexes it."""
     text = canonical_text(value)
     if len(text) <= _LONGEST_UNIQUE_TEXT:
         return text

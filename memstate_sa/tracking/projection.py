@@ -1,4 +1,4 @@
-"""`Projection`: what an index should hold for one row, and its fingerprints."""
+"""`Projection`: the text, metadata and fingerprints of one row for an index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memstate_sa.indexes.base import Scalar
 
 
 class Projection(NamedTuple):
-    """What an index should hold for one row. No text: nothing, and no fingerprint."""
+    """The content of an index for one row. Without text, there is no point and no fingerprint."""
 
     key: str
     text: str | None
@@ -25,13 +25,13 @@ class Projection(NamedTuple):
 
 
 def part_of(text: str) -> bytes:
-    """Says where it ends, so that no two lists of parts are one text."""
+    """*text* with its length in front, so that different lists of parts never give the same bytes."""
     return f"{len(text)}:{text}".encode("utf-8", "surrogatepass")
 
 
 @lru_cache(64)
 def digest_of(text: str) -> hashlib.blake2b:
-    """A digest that has begun; others go on from a copy."""
+    """A digest that begins with *text*. Callers must update a copy of it."""
     return hashlib.blake2b(part_of(text), digest_size=16)
 
 
@@ -54,7 +54,7 @@ def to_scalar(value: Any) -> Scalar:
 
 
 def point_id(entity: str, key: str) -> str:
-    """The id under which an index keeps a fact."""
+    """The id of a fact's point in an index."""
     return entity + key
 
 

@@ -1,4 +1,4 @@
-"""`Registry`: which classes are tracked, found by mapper, by table or by a table's name."""
+"""`Registry`: the tracked classes of a Memory, by mapper, by table and by a table's name."""
 
 from __future__ import annotations
 
@@ -18,33 +18,36 @@ class Registry:
 
     def __init__(self) -> None:
         self._by_mapper: dict[Mapper[Any], Tracked | None] = {}
-        # Replaced, not changed, as other threads may be going through them: so is `by_table`.
+        # Like `by_table`, replaced as a whole, because other threads may be iterating over it.
         self.by_entity: dict[str, Tracked] = {}
         self._published: dict[str, Tracked] = {}
-        self.versions: dict[str, int] = {}  # of the shape of each entity's images
+        self.versions: dict[str, int] = {}  # the current shape of each entity's images
         self.by_table: dict[Table, Tracked] = {}
         self.by_table_name: dict[tuple[str | None, str], Tracked] = {}
-        self.validates = False
-        self.by_trigger = False  # whether any class is
+        self.validates = False  # whether any class has values to check before a flush
+        self.by_trigger = False  # whether triggers capture any class
 
     def add(self, tracked: Tracked) -> None:
-        """Register *tracked*, and its concrete subclasses as entities of their own: all of them, or none.
+        """Register *tracked*, and its concrete subclasses as entities of their own.
 
-        Raises MemstateError when one of them cannot be tracked.
+        Raises MemstateError, and registers none of them, if one cannot be tracked.
         """
         same = self._by_mapper.get(tracked.mapper)
-        replaced = same if same is not None and same.derived else None  # now tracked by itself
+        replaced = same if same is not None and same.derived else None  # it was tracked through its base class
         additions = [tracked]
         for mapper in tracked.mapper.self_and_descendants:
             if mapper.concrete and mapper is not tracked.mapper and self._by_mapper.get(mapper) is None:
-                base = next(one for one in reversed(additions) if mapper.isa(one.mapper))
+                base = next(addition for addition in reversed(additions) if mapper.isa(addition.mapper))
                 additions.append(derive(base, mapper))
         by_entity = {name: other for name, other in self.by_entity.items() if other is not replaced}
         by_table = {table: other for table, other in self.by_table.items() if other is not replaced}
         for addition in additions:
             other = by_entity.setdefault(addition.entity, addition)
             if other is not addition:
-                raise MemstateError(f"entity {addition.entity!r} is already tracked, by {other.model.__name__}")
+                raise MemstateError(
+                    f"Cannot track {addition.model.__name__}: {other.model.__name__} has the entity "
+                    f"{addition.entity!r} already. Give it another name with entity=."
+                )
             by_table = _with_tables(by_table, addition)
         self.by_entity = by_entity
         self._set_tables(by_table)
@@ -57,7 +60,7 @@ class Registry:
             self.by_trigger |= addition.by_trigger
 
     def extend(self, mapper: Mapper[Any]) -> None:
-        """A subclass of a tracked class was mapped: it is tracked along, a concrete one as an entity of its own."""
+        """Track a new subclass with its tracked base class. A concrete subclass becomes an entity of its own."""
         if mapper in self._by_mapper or mapper.inherits is None:
             return
         base = self.find(mapper.inherits)
@@ -75,31 +78,31 @@ class Registry:
         self.by_table_name.update({(table.schema, table.name): tracked for table, tracked in by_table.items()})
 
     def publish(self) -> None:
-        """Let relays, in their threads, see what was added: not before its changes are captured."""
+        """Let the threads of relays see the added classes. Call it when their changes are captured."""
         self._published = self.by_entity
 
     def published(self, index: str | None = None) -> dict[str, Tracked]:
-        """By entity, all or those that go to an *index*."""
+        """The published classes by entity: all, or only those with this *index*."""
         return {name: tracked for name, tracked in self._published.items() if index is None or index in tracked.indexes}
 
     def delivered(self, index: str) -> dict[str, Tracked]:
-        """By entity, all that a relay to *index* has to know: those that go there, and those that do no longer."""
+        """The published classes by entity, for a relay to *index*. Classes without this index are `from_no_index`."""
         return {
             name: tracked if index in tracked.indexes else tracked.from_no_index
             for name, tracked in self._published.items()
         }
 
     def find(self, mapper: Mapper[Any]) -> Tracked | None:
-        """What tracks *mapper*, itself or through a base class."""
+        """The tracked class of *mapper* or of one of its base classes, or None."""
         if mapper not in self._by_mapper:
             bases = mapper.iterate_to_root()
             self._by_mapper[mapper] = next((t for base in bases if (t := self._by_mapper.get(base)) is not None), None)
         return self._by_mapper[mapper]
 
     def named(self, table: Any, default_schema: str | None) -> Tracked | None:
-        """What tracks the table of this name: another Table object of it, a reflected one, an alias is the same table.
+        """The class that tracks the table with this name and schema, or None.
 
-        The default schema may be named or not.
+        *table* may be another Table object, a reflected one or an alias. It may name the default schema or not.
         """
         table = unaliased(table)
         name, schema = getattr(table, "name", None), getattr(table, "schema", None)
@@ -111,27 +114,27 @@ class Registry:
         return tracked
 
     def of(self, model: type[Any]) -> Tracked:
-        """What tracks the class *model*. Raises MemstateError when nothing does."""
+        """The tracked class of *model*. Raises MemstateError when there is none."""
         mapper = inspect(model, raiseerr=False)
         tracked = self.find(mapper) if isinstance(mapper, Mapper) else None
         if tracked is None:
             name = getattr(model, "__name__", repr(model))
-            raise MemstateError(f"{name} is not tracked by this Memory; memory.track({name}, text=…) does that")
+            raise MemstateError(f"{name} is not tracked by this Memory. Call memory.track({name}, text=…).")
         return tracked
 
     def of_whole(self, model: type[Any]) -> Tracked:
-        """What tracks the class *model*. Raises MemstateError when that has facts of other classes, too."""
+        """The tracked class of *model*. Raises MemstateError when it also has facts of other classes."""
         tracked = self.of(model)
         if tracked.model is not model:
             raise MemstateError(
-                f"{model.__name__} is tracked along with {tracked.model.__name__}, whose changes are not told apart: "
-                f"model={tracked.model.__name__}"
+                f"Cannot select {model.__name__} alone: it is tracked together with {tracked.model.__name__}, and the "
+                f"log does not tell their changes apart. Pass model={tracked.model.__name__}."
             )
         return tracked
 
     def require_any(self) -> None:
         if not self.by_entity:
-            raise MemstateError("no class is tracked")
+            raise MemstateError("This Memory tracks no class. Call memory.track(Model, text=…) first.")
 
 
 def _with_tables(by_table: dict[Table, Tracked], tracked: Tracked) -> dict[Table, Tracked]:
@@ -140,14 +143,14 @@ def _with_tables(by_table: dict[Table, Tracked], tracked: Tracked) -> dict[Table
         other = by_table.get(table)
         if other not in (None, tracked):
             raise MemstateError(
-                f"table {table.fullname} is already tracked, by {other.model.__name__}; tracking a base class "
-                "tracks its subclasses"
+                f"Cannot track {tracked.model.__name__}: {other.model.__name__} tracks table {table.fullname} already. "
+                "A base class is tracked together with its subclasses."
             )
     return {**by_table, **dict.fromkeys(tracked.tables, tracked)}
 
 
 def unaliased(table: Any) -> Any:
-    """The table of which *table* is an alias, or itself."""
+    """The table behind an alias, or *table* itself."""
     while isinstance(table, AliasedReturnsRows):
         table = table.element
     return table

@@ -1,4 +1,4 @@
-"""`Tracked`: what `Memory.track` records about a mapped class."""
+"""`Tracked`: a mapped class with the options of `Memory.track`."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def _same(value: Any) -> Any:
     return value
 
 
-# Values of these types may be one object wherever they are equal; a copy is known again. (There are two of bool.)
+# Equal values of these types may be one object, so `upcast` copies them to recognise each. (bool has only two objects.)
 _COPIES: Mapping[type, Callable[[Any], Any]] = {kind: type(kind.__name__, (kind,), {}) for kind in (int, str, bytes)}
 
 
 TRACKED = "memstate_sa"
-"""The key in a MetaData's ``info``: of each table that triggers capture, by entity, the class, its version, and columns
-that are not logged."""
+"""The key in a MetaData's ``info`` for the tables that triggers capture. Each has, by entity, the class, its version
+and its excluded columns."""
 
 
 Upgrade = Callable[[dict[str, Any]], Mapping[str, Any]]
@@ -67,7 +67,7 @@ UniqueValues = Callable[[Mapping[str, Any]], Sequence[Any] | None]
 
 @dataclass(frozen=True, eq=False)
 class Tracked:
-    """One tracked class: where its rows are, which of their columns an index sees, what may be written."""
+    """One tracked class: its tables, the columns for an index, and the checks of its values."""
 
     model: type[Any]
     entity: str
@@ -79,21 +79,21 @@ class Tracked:
     immutable: Callable[[Mapping[str, Any]], bool] | None = None
     on_untracked: str = "raise"
     by_trigger: bool = False
-    derived: bool = False  # of a base class that was tracked
+    derived: bool = False  # tracked only because its base class is
     unique_names: tuple[str, ...] = ()
     expires: str | None = None
     version: int = 1
     upgrade: Mapping[int, Upgrade] = field(default_factory=dict, repr=False)
     text_version: int = 1
     exclude: tuple[str, ...] = ()
-    withdrawn: bool = False  # from an index: it is to hold no point of the class any more
+    withdrawn: bool = False  # the index must not hold points of the class any more
     since: float = field(default_factory=monotonic, repr=False)  # when it was tracked
     hydrations: dict[TableColumns, Select[Any]] = field(default_factory=dict, repr=False)
     _columns: dict[Database, TableColumns] = field(default_factory=dict, repr=False)
 
     @property
     def is_checked(self) -> bool:
-        """Whether Python looks at each row that was written."""
+        """Whether Python must check each written row."""
         return bool(self.validate or self.immutable or self.unique_values)
 
     @cached_property
@@ -107,13 +107,13 @@ class Tracked:
 
     @cached_property
     def tables(self) -> tuple[Table, ...]:
-        """Where rows of the class are: the table that gives them their key, and what joined inheritance adds to it."""
+        """The tables of the class' rows: first the table with their keys, then those of joined inheritance."""
         mappers = [mapper for mapper in self.mapper.self_and_descendants if not is_concrete_below(mapper, self.mapper)]
         return tuple(dict.fromkeys(table for mapper in mappers for table in tables_of(mapper)))
 
     @cached_property
     def base_table_count(self) -> int:
-        """How many of the tables are of base classes: without a row in the next one, there is no fact."""
+        """The number of tables of base classes. A fact needs a row in the table after them, too."""
         return len(tables_of(self.mapper)) - 1
 
     @property
@@ -121,26 +121,26 @@ class Tracked:
         return self.tables[0]
 
     def check(self, mapper: Mapper[Any]) -> None:
-        """Raise MemstateError when rows of *mapper*, a subclass, cannot be tracked along."""
+        """Raise MemstateError when rows of the subclass *mapper* cannot be tracked too."""
         check_tables(mapper)
         if self.by_trigger:
             check_trigger_table(mapper, self.table)
 
     def record_for_autogenerate(self) -> None:
-        """Leave in the MetaData what autogenerate makes triggers from: `captured_tables.captured_in` finds it.
+        """Record the class in the MetaData, so that autogenerate can make its triggers (`captured_tables.captured_in`).
 
-        Not in the Table's own ``info``, which Alembic prints into the migration that creates it.
+        The Table's own ``info`` would not do, because Alembic prints it into the migration that creates the table.
         """
         if self.by_trigger:
-            of_tables = self.table.metadata.info.setdefault(TRACKED, {})
-            of_tables.setdefault(self.table.fullname, {})[self.entity] = (self.model, self.version, self.excluded)
+            tables = self.table.metadata.info.setdefault(TRACKED, {})
+            tables.setdefault(self.table.fullname, {})[self.entity] = (self.model, self.version, self.excluded)
 
     @property
     def expiry(self) -> tuple[str, ...]:
         return () if self.expires is None else (self.expires,)
 
     def clear_caches(self) -> None:
-        """Another subclass was mapped: work out anew what depends on the tables."""
+        """Forget all values that depend on the tables, because another subclass was mapped."""
         for name in (
             "tables",
             "attributes",
@@ -157,8 +157,8 @@ class Tracked:
         self.hydrations.clear()
 
     def columns_for(self, dialect: Dialect) -> TableColumns:
-        """This class's statements and conversions for *dialect*."""
-        # By database: the dialects of one database differ only in what they learnt from their server.
+        """This class' statements and conversions for *dialect*."""
+        # Cached by database: dialects of one database differ only in details of their server.
         database = database_of(dialect)
         columns = self._columns.get(database)
         if columns is None:
@@ -171,17 +171,17 @@ class Tracked:
 
     @cached_property
     def attributes(self) -> dict[str, str]:
-        """Attribute name by the name of a column in an image."""
+        """Attribute names by the names of columns in an image."""
         return {self._names[column]: name for name, columns in self._attribute_columns.items() for column in columns}
 
     @cached_property
     def _names(self) -> dict[Column[Any], str]:
-        """Each column's name in an image."""
+        """The name of each column in an image."""
         return {column: image_name(column, self.table) for table in self.tables for column in table.columns}
 
     @cached_property
     def _attribute_columns(self) -> dict[str, list[Column[Any]]]:
-        """The columns behind each attribute of the class, and of the subclasses in its tables."""
+        """The columns of each attribute of the class, and of the subclasses in its tables."""
         columns_of: dict[str, list[Column[Any]]] = {}
         for mapper in self.mapper.self_and_descendants:
             for name, column in mapper.columns.items():
@@ -190,7 +190,7 @@ class Tracked:
         return columns_of
 
     def excluded_of(self, table: Table) -> frozenset[str]:
-        """The names of the columns of *table* that the log does not hold."""
+        """The names of the columns of *table* that are excluded from the log."""
         columns = (column for name in self.exclude for column in self._attribute_columns.get(name, ()))
         return frozenset(str(column.name) for column in columns if column.table is table)
 
@@ -203,9 +203,10 @@ class Tracked:
         return {self.attributes.get(name, name): value for name, value in values.items()}
 
     def upcast(self, image: Image, version: int, dialect: Dialect) -> Image:
-        """An image of an older shape, of which *version* says which, in today's.
+        """An *image* of the older shape *version*, in today's shape.
 
-        What a function was given stays the driver's, whatever it is named now; what it made is as the ORM takes it.
+        A value that an upgrade function passes on stays the driver's, under its old or a new name. A new value of the
+        function is an ORM value.
         """
         if version >= self.version or not self.upgrade:
             return image
@@ -217,7 +218,8 @@ class Tracked:
                 values = self.upgrade[shape](dict(values))
                 if not isinstance(values, Mapping):
                     raise MemstateError(
-                        f"upgrade[{shape}] of {self.entity} returned {values!r}: give a dict of columns"
+                        f"Cannot read an old image of {self.entity}: upgrade[{shape}] returned {values!r}. It must "
+                        "return a dict of columns."
                     )
         columns, sources = self.columns_for(dialect), {id(value): name for name, value in copies.items()}
         upgraded: dict[str, Any] = {}
@@ -231,18 +233,18 @@ class Tracked:
                 upgraded[name] = encode(columns.to_raw(name, value))
         return upgraded
 
-    # -- what an index sees ----------------------------------------------------------------------------------------
+    # -- projections -----------------------------------------------------------------------------------------------
 
     @cached_property
     def from_no_index(self) -> Tracked:
-        """The same class, for an index that it does not go to: no row of it has a vector there."""
+        """The same class for an index that must not hold it: no row has a vector there."""
         return replace(self, text=None, metadata=(), text_version=1, withdrawn=True, hydrations={}, _columns={})
 
     @cached_property
     def projection(self) -> str:
-        """What an index holds of each row, as JSON: with another one, every row has to be delivered again.
+        """A description of text and metadata, as JSON. When it changes, every row must be delivered again.
 
-        Of a function it says only that there is one, and which `text_version`: nothing tells what a function does.
+        For a text function it has only the `text_version`, because the code of a function cannot be compared.
         """
         if self.text is None:
             return json.dumps({"text": None})
@@ -271,7 +273,7 @@ class Tracked:
 
     @cached_property
     def _sorted_metadata(self) -> list[str]:
-        """Whatever the order in which they are declared, the fingerprint is the same."""
+        """The metadata in a fixed order, so that the order of declaration does not change the fingerprint."""
         return sorted(self.metadata)
 
     @cached_property
@@ -280,17 +282,17 @@ class Tracked:
 
     @cached_property
     def projected_columns(self) -> tuple[ColumnElement[Any], ...]:
-        """What `project` needs, in its order, of a row of `rows`."""
+        """The columns of `rows` that `project` needs, in its order."""
         return tuple(self._projected_column(self._attribute_columns[name]) for name in self.projected_attributes)
 
     def _projected_column(self, columns: Sequence[Column[Any]]) -> ColumnElement[Any]:
-        # Of the same name in several subclasses: a row is of one of them.
+        # Several subclasses may have columns of this name. A row belongs to one of them.
         only = len(columns) == 1 or columns[0].table in self.tables[: self.base_table_count + 1]
         return columns[0] if only else func.coalesce(*columns)
 
     @cached_property
     def rows(self) -> FromClause:
-        """The tables that tell whether there is a row, and what an index should hold for it."""
+        """The joined tables that `project` reads. They have a row for each fact."""
         if not self.is_projected_of_many:
             return self.table
         rows: FromClause = self.table
@@ -302,11 +304,11 @@ class Tracked:
 
     @property
     def is_projected_of_many(self) -> bool:
-        """Whether `rows` are of more than one table."""
+        """Whether `rows` has more than one table."""
         return self.base_table_count > 0 or (len(self.tables) > 1 and callable(self.text))
 
     def project(self, key: str, row: Sequence[Any], embedder: str) -> Projection:
-        """What an index should hold for a row of `projected_columns`; *embedder* is the embedder's fingerprint."""
+        """The projection of a row of `projected_columns`. *embedder* is the embedder's fingerprint."""
         values = dict(zip(self.projected_attributes, row, strict=True))
         text = self.text
         if text is not None:
@@ -325,7 +327,7 @@ class Tracked:
         return Projection(key, text, metadata, digest.hexdigest(), text_fingerprint)
 
     def _detached(self, values: Mapping[str, Any]) -> Any:
-        """A detached instance of the row: its own columns are loaded, touching anything else raises."""
+        """A detached instance of the row. Its own columns are loaded. Access to other attributes raises."""
         mapper = self.mapper
         if mapper.polymorphic_on is not None:
             discriminator = values.get(mapper.get_property_by_column(mapper.polymorphic_on).key)
@@ -342,15 +344,15 @@ class Tracked:
 
 
 def attributes_of(text: Any) -> tuple[str, ...]:
-    """The attribute that is embedded, where it is one."""
+    """The embedded attribute, if *text* names one."""
     return () if text is None or callable(text) else (text,)
 
 
 def unique_value(tracked: Tracked, values: Mapping[str, Any]) -> str | None:
-    """The row's entry in the table of unique values; None where it has none."""
+    """The row's value in the table of unique values, or None."""
     parts = None if tracked.unique_values is None else tracked.unique_values(tracked.by_attribute(values))
     if parts is None:
         return None
     value = encode_key(parts)
-    # It is a key of a B-tree, which on PostgreSQL takes about 2,700 bytes.
+    # The value is a key of a B-tree, and PostgreSQL allows about 2,700 bytes there.
     return value if len(value) <= 500 else f"[{digest_of(value).hexdigest()}]"

@@ -1,4 +1,4 @@
-"""What may be remembered: Pydantic models bound to tracked classes, and their errors as data."""
+"""Validation of facts: Pydantic models bound to tracked classes, and their errors as data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Validate: TypeAlias = Callable[[Mapping[str, Any]], None]
 
 
 def validator(schema: Any) -> Validate:
-    """The check that *schema*, a Pydantic model or a `Validate`, makes of a row.
+    """The check of a row by *schema*, which is a Pydantic model or a `Validate`.
 
-    A model sees the fields it declares; other columns are not its business.
+    A model gets only the fields that it declares. Other columns are left out.
     """
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         fields = field_names(schema)
@@ -27,8 +27,8 @@ def validator(schema: Any) -> Validate:
 
         return check
     if callable(schema):
-        return schema  # type: ignore[no-any-return]  # any callable is taken at its word
-    raise MemstateError(f"schema={schema!r}: give a Pydantic model class")
+        return schema  # type: ignore[no-any-return]  # a callable must be a Validate
+    raise MemstateError(f"schema={schema!r} is not a Pydantic model class. Give one.")
 
 
 def field_names(schema: Any) -> set[str]:
@@ -54,23 +54,23 @@ def read_names(model: type[BaseModel], field: str) -> tuple[str | AliasPath, ...
 def to_validation_failed(
     subject: str, error: ValidationError, *, ignoring: frozenset[str] = frozenset()
 ) -> ValidationFailed | None:
-    """*error* as ours, or None when it only concerns fields in *ignoring*, which are not known yet."""
-    # Without input and context: they repeat the caller's data, and may not be JSON.
+    """*error* as ValidationFailed. None when all its errors are about fields in *ignoring*, which are not known yet."""
+    # Leave out input and context, because they repeat the caller's data, and may not be JSON.
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     errors = [item for item in errors if not (item["loc"] and item["loc"][0] in ignoring)]
     if not errors:
         return None
     where = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg']}" for item in errors[:3])
-    return ValidationFailed(f"{subject} may not be remembered: {where}", errors=errors)
+    return ValidationFailed(f"Cannot save this {subject}: {where}", errors=errors)
 
 
 def require_count(name: str, value: Any, meaning: str) -> None:
     """Raise MemstateError unless *value* is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MemstateError(f"{name}={value!r}: {meaning}")
+        raise MemstateError(f"{name}={value!r} must be a whole number: {meaning}.")
 
 
 def require_label(name: str, value: Any) -> None:
-    """Raise MemstateError unless *value* is None, or text that both databases hold."""
+    """Raise MemstateError unless *value* is None, or text that both databases can hold."""
     if value is not None and not is_text(value):
-        raise MemstateError(f"{name}={value!r}: give a string without NUL or lone surrogates")
+        raise MemstateError(f"{name}={value!r} is not valid. Give a string without NUL or lone surrogates.")

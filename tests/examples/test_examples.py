@@ -49,7 +49,7 @@ def test_the_recording_is_read_as_it_is(recording: example.Recording) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize("by", ["run", "transaction"])
-def test_revoked_runs_leave_what_the_others_alone_would_have_made(
+def test_revoking_runs_leaves_the_state_of_the_others(
     recording: example.Recording, airline: example.Airline, expected: example.State, by: example.Granularity
 ) -> None:
     """Rows and vectors are equal by content, except facts that several runs wrote, which are reported."""

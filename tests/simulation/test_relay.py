@@ -85,7 +85,7 @@ def run_until(world: World, worker: Worker, request: type[Request[Any]]) -> None
         world.advance(worker)
 
 
-def test_a_row_that_is_deleted_while_a_refill_is_taken_over() -> None:
+def test_a_point_of_a_row_deleted_during_a_takeover_is_removed() -> None:
     """A point that an owner wrote before its crash is removed, although refill and ledger no longer know its key."""
     config = replace(Config.of(0).about("takeovers"), sqlite=False, entities=("fact",), fenced={"one": True})
     world = World(replace(config, slots=1, keys=1, texts=("a",), workers=0, ticks=0, older=0.0, rates={}))

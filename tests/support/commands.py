@@ -105,6 +105,11 @@ def invoke(
     return str(result.stdout if stdout else result.output)
 
 
+def flat(output: str) -> str:
+    """*output* without the box and the line breaks of an error."""
+    return " ".join(output.replace("│", " ").split())
+
+
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Application]:
     """An application whose database has only its own tables."""

@@ -67,7 +67,7 @@ def test_an_instant_has_one_form() -> None:
 
 
 @pytest.mark.parametrize("value", ["a\x00b", float("nan"), -0.0, 1e300, 2**70, Decimal("1.10")])
-def test_what_jsonb_would_change_is_tagged(value: Any) -> None:
+def test_values_that_jsonb_would_change_are_tagged(value: Any) -> None:
     """No NUL, no NaN, and no float beyond plain notation reaches JSONB."""
     assert same(decode(json.loads(json.dumps(encode(value), allow_nan=False))), value)
     assert "\\u0000" not in json.dumps(encode(value))

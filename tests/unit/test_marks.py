@@ -18,7 +18,7 @@ def after(pages: int, *, most: int = 3, past: Past | None = None) -> Past:
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(2, 5))
 def test_index_of_this_past_fits(pages: int, more: int, most: int) -> None:
-    """The index may be behind by fewer pages than there are names. Beside other relays it may be behind further."""
+    """The index may be behind by fewer pages than there are names, or by any number beside other relays."""
     earlier = after(pages, most=most)
     later = after(more, most=most, past=earlier)
     kept = str(earlier.mark)

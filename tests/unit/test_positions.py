@@ -93,7 +93,7 @@ def test_snapshot_survives_as_text(snapshot: Snapshot) -> None:
 
 
 @given(snapshots, snapshots)
-def test_snapshots_compare_by_what_they_see(one: Snapshot, other: Snapshot) -> None:
+def test_snapshots_compare_by_the_entries_they_see(one: Snapshot, other: Snapshot) -> None:
     """Inclusion may miss a later snapshot that sees no more entries. The intersection is exact."""
     sees = [{xid for xid in range(14) if snapshot.sees(xid)} for snapshot in (one, other)]
     assert one.includes(other) == (sees[0] >= sees[1] and one.xmax >= other.xmax)
@@ -107,7 +107,7 @@ def holds(at: Position) -> set[Entry]:
 
 
 @given(positions, positions)
-def test_positions_compare_by_what_is_delivered(one: Position, other: Position) -> None:
+def test_positions_compare_by_delivered_entries(one: Position, other: Position) -> None:
     """`covers` never claims too much. Entries below `meet`, or below a floor, are delivered at both positions."""
     if one.covers(other):
         assert holds(one) >= holds(other)

@@ -32,7 +32,7 @@ class HTTPError(Exception):
         self.response = response
 
 
-def said(error: Exception, *sent: str) -> str:
+def reason_of(error: Exception, *sent: str) -> str:
     return str(delivery_error(error, "failed", unknown=DeliveryRejected, sent=sent))
 
 
@@ -54,14 +54,14 @@ def said(error: Exception, *sent: str) -> str:
 )
 def test_status_and_words_of_an_answer_are_told(answer: Any, words: str) -> None:
     """The same kind: answers of OpenAI, Cohere, Ollama, TEI, FastAPI, other clients, a gateway's HTML page."""
-    assert said(HTTPError(Response(400, answer))) == f"failed: HTTPError: 400 Bad Request{words}"
-    assert said(HTTPError(Response(400, None, b"<html>Bad</html>"))) == "failed: HTTPError: 400 Bad Request"
-    assert said(HTTPError(Response(400, None, b"busy\nnow"))) == "failed: HTTPError: 400 Bad Request: busy"
+    assert reason_of(HTTPError(Response(400, answer))) == f"failed: HTTPError: 400 Bad Request{words}"
+    assert reason_of(HTTPError(Response(400, None, b"<html>Bad</html>"))) == "failed: HTTPError: 400 Bad Request"
+    assert reason_of(HTTPError(Response(400, None, b"busy\nnow"))) == "failed: HTTPError: 400 Bad Request: busy"
 
 
 def test_status_without_a_name_is_told() -> None:
     error = HTTPError(Response(529, {"error": {"message": "overloaded"}}))
-    assert said(error) == "failed: HTTPError: 529: overloaded"
+    assert reason_of(error) == "failed: HTTPError: 529: overloaded"
     assert isinstance(delivery_error(error, "failed", unknown=DeliveryRejected), DeliveryRetryable)
 
 
@@ -85,7 +85,7 @@ def test_words_stay_in_the_chain_where_the_sent_text_is_unknown() -> None:
 def test_text_that_was_sent_is_left_out(words: str, wrapped: bool) -> None:
     """The text may be whole, cut, quoted or in capitals, in an HTTP answer or in an exception of a local model."""
     error = HTTPError(Response(422, {"detail": words})) if wrapped else ValueError(words)
-    message = said(error, "another text", TEXT)
+    message = reason_of(error, "another text", TEXT)
     assert "bad input: " in message
     assert "hunter2" not in message.lower()
     assert "password" not in message.lower()
@@ -93,17 +93,17 @@ def test_text_that_was_sent_is_left_out(words: str, wrapped: bool) -> None:
 
 def test_secrets_of_an_address_are_left_out() -> None:
     error = RuntimeError("cannot reach https://me:secret@api.example/v1/embed?key=abc#top of it")
-    assert said(error) == "failed: RuntimeError: cannot reach https://api.example/v1/embed of it"
+    assert reason_of(error) == "failed: RuntimeError: cannot reach https://api.example/v1/embed of it"
 
 
 def test_words_are_short() -> None:
-    assert len(said(ValueError("x" * 10_000))) < 300
+    assert len(reason_of(ValueError("x" * 10_000))) < 300
 
 
 @given(st.text(min_size=12, max_size=60).filter(lambda text: len(text.split()) == 1), st.text(max_size=30))
 def test_no_long_piece_of_a_text_is_told(text: str, around: str) -> None:
     """This holds for text of any characters."""
     words = f"{around} {text} {around}"
-    message = said(ValueError(words), text)
+    message = reason_of(ValueError(words), text)
     assert text not in message or text in around
     assert printable(message) == message

@@ -1,4 +1,4 @@
---- Triggers of a tracked table on PostgreSQL. They run once a statement, for all of its rows.
+--- Triggers of a tracked table on PostgreSQL. They run once per statement, for all of its rows.
 ---
 --- memstate_sa.capture.sql_text reads this file. A line "-- name: x" begins the template x. Names in braces are filled
 --- in. Lines that begin with three dashes are for you alone; other comments become part of the function.
@@ -30,11 +30,12 @@ END
 
 --- The body of a function.
 ---
---- One statement may touch a row several times: by foreign keys that cascade, by other triggers. What it was is its
---- first old row, unless it was made before that; what it is, the table knows. It is logged if the log says otherwise.
+--- One statement may touch a row several times, by cascades of foreign keys or by other triggers. Its image before the
+--- statement is its first old row, unless the statement inserted it before that. Its image now is read from the table.
+--- A change is logged if the last entry of the log differs.
 ---
---- A fact that an undo logs itself is looked up by a subquery that gives a value. Of an EXISTS, PostgreSQL would make a
---- hash of all the facts of the undo, for each statement of it.
+--- A fact that an undo logs itself is looked up by a scalar subquery. For an EXISTS, PostgreSQL would build a hash of
+--- all facts of the undo, once for each of its statements.
 
 -- name: baselines
   INSERT INTO {ours}.memstate_log (tx, at, xid, version, step, entity, key, op, image)
@@ -69,18 +70,18 @@ END
     mod(get_byte(sha256(convert_to({entity} || key, 'UTF8')), 0), {slots}), {entity}, key
   FROM changed;
 
---- A Session asks it before its COMMIT: to read the log would be a conflict in SERIALIZABLE.
+--- A Session reads this setting before its COMMIT. To read the log instead would be a conflict in SERIALIZABLE.
 
 -- name: remember_tx
   IF FOUND AND position(its_tx IN coalesce(current_setting('memstate.logged', true), '')) = 0 THEN
     PERFORM set_config('memstate.logged', concat_ws(' ', current_setting('memstate.logged', true), its_tx), true);
   END IF;
 
---- What the statement shows is taken for what has become of a row in two cases:
---- 1. A policy that holds for the function's owner (FORCE ROW LEVEL SECURITY) may hide a row that is there.
---- 2. In SERIALIZABLE, whatever is read makes transactions fail that have nothing to do with each other: an index is
----    locked by the page. So neither the table is read, nor the log for a row that is new.
---- It is so unless another statement within this one came later, of a trigger of the application. That one tells us.
+--- There are two cases in which the new rows of the statement are logged, and the table is not read:
+--- 1. A policy applies to the function's owner (FORCE ROW LEVEL SECURITY), and may hide rows of the table.
+--- 2. In SERIALIZABLE, each read can make unrelated transactions fail, as an index is locked by the page. So neither the
+---    table is read, nor the log for a new row.
+--- An exception to case 2: a trigger of the application ran another statement within this one, and told us.
 
 -- name: shown_or_read
   IF row_security_active(TG_RELID) OR (NOT nested AND current_setting('transaction_isolation') = 'serializable'
@@ -105,7 +106,7 @@ END
       USING HINT = 'Delete the rows, or give the function an owner with BYPASSRLS.';
   END IF;
 
---- The rows that the body is about.
+--- The rows of the body.
 
 -- name: numbered_rows
 SELECT {key} AS key, {image} AS image, {criterion} AS ours, row_number() OVER () AS n FROM {rows} AS r
@@ -119,7 +120,7 @@ SELECT key, min(n) AS n FROM ({numbered_rows}) AS x WHERE ours GROUP BY key
 -- name: last_new
 SELECT DISTINCT ON (key) key, image FROM ({numbered_rows}) AS x WHERE ours ORDER BY key, n DESC
 
---- Row by row: a plan that is kept must not read the table as a whole.
+--- It reads row by row, because a cached plan must not read the whole table.
 
 -- name: current_rows
 SELECT {key} AS key, {image} AS image
@@ -144,8 +145,8 @@ SELECT op, image FROM {ours}.memstate_log WHERE entity = {entity} AND key = k.ke
 -- name: no_last_entry
 SELECT NULL::text AS op, NULL::jsonb AS image
 
---- The schema of a table, as an identifier and as a literal, and why triggers cannot capture it. Every name is
---- qualified: who runs a migration may have schemas of others in the search_path.
+--- The schema of a table, as an identifier and as a literal, and the reason why triggers cannot capture it. Every name
+--- is qualified, because the search_path of a migration may contain schemas of others.
 
 -- name: schema
 pg_catalog.quote_ident(CAST(n.nspname AS text))
@@ -165,7 +166,7 @@ END
 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.oid = CAST(pg_catalog.to_regclass({table}) AS oid)
 
---- Creates the triggers where the database cannot be asked before: in a script of Alembic.
+--- Creates the triggers where Python cannot query the database first: in an offline script of Alembic.
 
 -- name: offline
 DECLARE
@@ -177,12 +178,13 @@ BEGIN
   SELECT {schema}, {schema_name}, {parts} INTO its, its_name, parts {from_its};
   SELECT {schema} INTO ours {from_ours};
   IF its IS NULL OR ours IS NULL OR parts IS NOT NULL THEN
-    RAISE EXCEPTION USING MESSAGE = 'is it there, and not partitioned, and are the tables of memstate_sa? ' || {table};
+    RAISE EXCEPTION USING MESSAGE = 'Cannot create triggers on ' || {table},
+      DETAIL = 'It is partitioned or inherited, or it does not exist, or the tables of memstate_sa do not.';
   END IF;
 {statements}
 END
 
---- The source shows it, where others may run the function.
+--- A source with this comment in front shows that other roles may run the function.
 
 -- name: installed
 SELECT nullif(n.nspname, current_schema()), c.relname, t.tgname,

@@ -1,5 +1,5 @@
---- Triggers of a tracked table on SQLite. They run once a row. What it has become is read from the table: triggers of
---- the application may have changed it.
+--- Triggers of a tracked table on SQLite. They run once per row. The new row is read from the table, because triggers
+--- of the application may have changed it.
 ---
 --- memstate_sa.capture.sql_text reads this file. A line "-- name: x" begins the template x. Names in braces are filled
 --- in. Lines that begin with three dashes are for you alone.
@@ -10,7 +10,7 @@ CREATE TRIGGER {name} {moment} ON {table} FOR EACH ROW {condition}BEGIN
 {body}
 END
 
---- What a row was, if the log has not seen it.
+--- The row before its change, if the log has no entry of it.
 
 -- name: baseline
 INSERT INTO memstate_log (tx, at, version, step, entity, key, op, image)
@@ -18,7 +18,7 @@ SELECT {tx}, {now}, {version}, 0, {entity}, {key}, 'baseline', {image} {source} 
   AND NOT EXISTS (SELECT 1 FROM memstate_log WHERE entity = {entity} AND key = {key})
   AND {is_ours};
 
---- What has become of a key, if the log does not say so already. An entry of the outbox once too often does no harm.
+--- The change of a key, if its last entry differs. An extra outbox row does no harm.
 
 -- name: settle
 INSERT INTO memstate_log (tx, at, version, step, entity, key, op, image)
@@ -49,7 +49,7 @@ NOT EXISTS (SELECT 1 FROM memstate_trigger_context WHERE name = 'skip ' || {enti
 -- name: now
 strftime('%Y-%m-%d %H:%M:%f000', 'now')
 
---- Who writes without a Session has no transaction that a trigger could know: what comes in one millisecond is one.
+--- A trigger cannot know the transaction of a write without a Session. Such writes in one millisecond share a `tx`.
 
 -- name: tx
 coalesce((SELECT value FROM memstate_trigger_context WHERE name = 'tx'),

@@ -1,6 +1,6 @@
 """LangGraph on memstate_sa: a checkpointer and a store in the application's own database.
 
-``import memstate_sa`` reads this package's tables, so nothing here imports LangGraph before a name is asked for.
+``import memstate_sa`` imports the tables of this package. So this module imports LangGraph only when a name is used.
 """
 
 from importlib import import_module

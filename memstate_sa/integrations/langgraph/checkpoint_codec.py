@@ -1,4 +1,4 @@
-"""LangGraph's checkpoints as rows and bytes, and back."""
+"""Convert LangGraph's checkpoints to rows and bytes, and back."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from memstate_sa.integrations.langgraph.checkpoint_rows import (
 from memstate_sa.log.history import SNAPSHOT_MARK, Moment
 
 POSITION = "memstate_position"
-"""The name, in a checkpoint's metadata, of where the log of facts was."""
+"""The name, in a checkpoint's metadata, of the log's last transaction at that time."""
 _SMALL = 64
 
 
 class EncodedCheckpoint:
-    """A checkpoint in bytes. Small values are kept with it, the others once for each version, as blobs."""
+    """A serialized checkpoint. It contains the small values. Other values are blobs, stored once for each version."""
 
     def __init__(
         self, serde: SerializerProtocol, config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata
@@ -50,7 +50,7 @@ class EncodedCheckpoint:
         return NewCheckpoint(key, parent_id, self._payload, self.channels, self._metadata, position)
 
     def blobs(self, channels: Iterable[str]) -> dict[tuple[str, str], SerializedValue]:
-        """The values of *channels* that are not small, by channel and version."""
+        """The blobs of *channels*, by channel and version. Small values have none."""
         versions = ((name, self.channels.get(name)) for name in channels)
         return {
             (name, version): SerializedValue(*self._serde.dumps_typed(self._values[name]))
@@ -60,12 +60,12 @@ class EncodedCheckpoint:
 
     @property
     def delta_channels(self) -> set[str]:
-        """The DeltaChannels that are not stored in full: they need the checkpoint's ancestors."""
+        """The DeltaChannels that are not stored in full. Reading them needs the checkpoint's ancestors."""
         return set(self._metadata.get("counters_since_delta_snapshot") or ()) - set(self.channels)
 
 
 def decoded(serde: SerializerProtocol, stored: StoredCheckpoint, *, positioned: bool) -> CheckpointTuple:
-    """A checkpoint as LangGraph takes it; *positioned*, with where the log was in its metadata."""
+    """The checkpoint for LangGraph. If *positioned*, its metadata has the position in the log."""
     checkpoint = serde.loads_typed(stored.payload)
     values = {channel: serde.loads_typed(value) for channel, value in stored.blobs.items()}
     checkpoint["channel_values"] = {**checkpoint["channel_values"], **values}
@@ -84,7 +84,7 @@ def decoded(serde: SerializerProtocol, stored: StoredCheckpoint, *, positioned: 
 def encoded_writes(
     serde: SerializerProtocol, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str
 ) -> list[TaskWrite]:
-    """The writes of a task. Errors, interrupts and answers have a negative index of their own."""
+    """The writes of a task. Errors, interrupts and answers have fixed negative indexes."""
     return [
         TaskWrite(task_path, task_id, WRITES_IDX_MAP.get(name, n), name, SerializedValue(*serde.dumps_typed(value)))
         for n, (name, value) in enumerate(writes)
@@ -100,15 +100,16 @@ def config_of(key: CheckpointKey) -> RunnableConfig:
 
 
 def moment_of(position: str) -> Moment:
-    """A transaction, with or without a snapshot, or a time."""
+    """The moment of a stored *position*: a transaction, with or without a snapshot, or a time."""
     is_transaction = position.partition(SNAPSHOT_MARK)[0].isalnum()
     return position if is_transaction else datetime.fromisoformat(position)
 
 
 def is_small(value: Any) -> bool:
-    """Whether to keep a value with every checkpoint rather than once a version. Decided the same way at each.
+    """Whether to store a value in every checkpoint, instead of once a version as a blob.
 
-    So nothing is that can be changed in place: it would be small at one checkpoint of its version, and not at the next.
+    The answer must be the same for all checkpoints of a version. So a mutable value is never small: a change in place
+    could change the answer.
     """
     if value is None or isinstance(value, (bool, int, float)):
         return True
@@ -118,7 +119,7 @@ def is_small(value: Any) -> bool:
 
 
 def storable(metadata: Any) -> Any:
-    """*metadata* without what JSONB does not hold, such as NUL. LangGraph removes NUL from the outer strings alone."""
+    """*metadata* in a form that JSONB can hold. LangGraph itself removes NUL only from the outer strings."""
     if isinstance(metadata, str):
         return metadata if is_text(metadata) else metadata.replace("\x00", "").encode(errors="replace").decode()
     if isinstance(metadata, float):

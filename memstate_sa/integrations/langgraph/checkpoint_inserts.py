@@ -1,4 +1,4 @@
-"""Statements that store checkpoints, and what tasks wrote."""
+"""Statements that store checkpoints and the writes of tasks."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ _data = bindparam("data", type_=LargeBinary())
 
 
 def _packed(values: Iterable[tuple[Sequence[Any], SerializedValue]]) -> dict[str, Any]:
-    """Rows and their values as the parameters `given` and `data`.
+    """Rows and their values, as the parameters ``rows`` and ``data``.
 
-    All values of a call travel in one parameter, one after the other. The database cuts them out of it.
+    ``data`` holds all values of the call, one after the other. The database cuts them out of it.
     """
-    # With a byte before them: no bytes at all are NULL to SQLite's driver.
+    # ``data`` begins with an extra byte, because SQLite's driver turns empty bytes into NULL.
     rows, data, start = [], [b"-"], 2
     for row, value in values:
         rows.append([*row, value.type, start, len(value.data)])
         data.append(value.data)
         start += len(value.data)
-    return {"given": as_json(rows), "data": b"".join(data)}
+    return {"rows": as_json(rows), "data": b"".join(data)}
 
 
 def _unpacked(rows: FromClause, width: int) -> list[ColumnElement[Any]]:
-    """The type and the value of each of *rows*, which has *width* columns before them."""
+    """The columns for the type and the value of each row. *width* columns come before them."""
     return [
         row_value(rows, width, Text()),
         func.substr(_data, *(row_value(rows, width + n, Integer()) for n in (1, 2))),
@@ -67,7 +67,7 @@ def _unpacked(rows: FromClause, width: int) -> list[ColumnElement[Any]]:
 
 @cache
 def _put_blobs(database: Database) -> Any:
-    rows = unnest_rows("given")
+    rows = unnest_rows("rows")
     names = ["thread_id", "ns", "channel", "version", "type", "value"]
     values = [thread_param, ns_param, row_value(rows, 0, Text()), row_value(rows, 1, Text()), *_unpacked(rows, 2)]
     return upsert_select(database, blob, dict(zip(names, values, strict=True))).on_conflict_do_nothing()
@@ -83,9 +83,9 @@ _replaced_columns = ("parent_id", "run_id", "position", "snapshot", "metadata", 
 
 
 def log_position(database: Database) -> dict[str, ColumnElement[Any]]:
-    """The columns that hold where the log is now.
+    """The columns for the log's present position.
 
-    On PostgreSQL a snapshot belongs to it: the log's last transaction may have seen less than is committed.
+    On PostgreSQL they include a snapshot: the last transaction alone does not tell which others had committed.
     """
     if database.has_one_writer:
         return {"position": _last_tx, "snapshot": null()}
@@ -100,7 +100,7 @@ def _put_checkpoint(database: Database, *, positioned: bool, with_blobs: bool, r
         values |= log_position(database)
     row = select(*values.values()).where(true())  # see `upsert_select`
     if follows:
-        # The parent's row stays until this transaction ends, and with it the blobs that both checkpoints share.
+        # Lock the parent's row until this transaction ends. This also keeps the blobs that both checkpoints share.
         row = row.select_from(_parent.subquery("parent"))
     statement = database.upsert(checkpoint).from_select(list(values), row)
     if replace:
@@ -123,10 +123,10 @@ def put_checkpoint(
     replace: bool = True,
     follows: bool = False,
 ) -> bool:
-    """Store a checkpoint, and *blobs* by channel and version: on PostgreSQL by one statement.
+    """Store a checkpoint and its *blobs* (by channel and version). On PostgreSQL this is one statement.
 
-    Without *replace*, a checkpoint that is there stays as it is. With *follows*, the checkpoint is stored only while
-    its parent is there. Returns whether it is stored.
+    Without *replace*, an existing checkpoint stays unchanged. With *follows*, the checkpoint is stored only if its
+    parent exists. Returns whether it is stored.
     """
     run_id = new.metadata.get("run_id")
     params = {
@@ -158,7 +158,7 @@ def put_checkpoint(
 
 @cache
 def _put_writes(database: Database, *, replace: bool) -> Any:
-    rows = unnest_rows("given")
+    rows = unnest_rows("rows")
     values = {
         "thread_id": thread_param,
         "ns": ns_param,
@@ -179,7 +179,7 @@ def _put_writes(database: Database, *, replace: bool) -> Any:
 
 
 def put_writes(connection: Connection, key: CheckpointKey, writes: Iterable[TaskWrite], *, replace: bool) -> None:
-    """Store what tasks wrote at a checkpoint, unless it is there already; with *replace*, over what is there."""
+    """Store the writes of tasks at a checkpoint. Existing writes stay unchanged, or are overwritten with *replace*."""
     unique_writes: dict[tuple[str, int], TaskWrite] = {}
     for task_write in writes:
         if replace or (task_write.task_id, task_write.idx) not in unique_writes:

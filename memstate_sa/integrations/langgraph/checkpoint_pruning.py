@@ -1,4 +1,4 @@
-"""The deletion of single checkpoints: which of them stay, and the statements."""
+"""Delete single checkpoints. Decide which ones must stay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from memstate_sa.integrations.langgraph.tables import blob, checkpoint, write
 
 
 class CheckpointOutline(NamedTuple):
-    """The columns of a checkpoint that decide whether it stays."""
+    """The columns of a checkpoint that are needed to decide whether it stays."""
 
     id: str
     parent_id: str | None
@@ -37,7 +37,7 @@ Outlines = Mapping[str, CheckpointOutline]
 
 
 def prune_thread(connection: Connection, thread_id: str) -> None:
-    """Delete all checkpoints of a thread but the latest of each graph, and those that this one is rebuilt from."""
+    """Delete the checkpoints of a thread. The latest of each graph stays, with the ancestors that rebuild it."""
     thread_rows.lock_threads(connection, [thread_id])
     graphs = _outlines_by_graph(connection, thread_id)
     kept_ids = {ns: _needed_ids(outlines) for ns, outlines in graphs.items()}
@@ -49,7 +49,7 @@ def prune_thread(connection: Connection, thread_id: str) -> None:
 
 
 def delete_runs(connection: Connection, run_ids: Collection[str]) -> None:
-    """Delete the checkpoints of runs. Later ones become those of earlier ones."""
+    """Delete the checkpoints of runs. Their children become children of the nearest remaining ancestor."""
     for thread_id in sorted(thread_rows.threads_of_runs(connection, run_ids)):
         thread_rows.lock_threads(connection, [thread_id])
         for ns, outlines in _outlines_by_graph(connection, thread_id).items():
@@ -57,14 +57,14 @@ def delete_runs(connection: Connection, run_ids: Collection[str]) -> None:
             _delete_checkpoints(connection, thread_id, ns, outlines, deleted_ids)
 
 
-# -- which ones stay --------------------------------------------------------------------------------------------------
+# -- the checkpoints that stay ----------------------------------------------------------------------------------------
 
 
 def _needed_ids(outlines: Outlines) -> set[str]:
-    """The latest checkpoint of a graph, and those that its DeltaChannels are rebuilt from."""
+    """The latest checkpoint of a graph, and the ancestors that rebuild its DeltaChannels."""
     latest = outlines[max(outlines)]
     needed_ids = {latest.id}
-    # A DeltaChannel that is not stored in full has counted what came since.
+    # The metadata counts the writes to each DeltaChannel that is not stored in full.
     missing = set(latest.metadata.get("counters_since_delta_snapshot") or ()) - set(latest.channels)
     parent = latest.parent_id
     while missing and parent in outlines and parent is not None:
@@ -75,7 +75,7 @@ def _needed_ids(outlines: Outlines) -> set[str]:
 
 
 def _has_ended(ns: str, outlines: Outlines, root: Outlines, kept_ids: set[str]) -> bool:
-    """Whether a subgraph's checkpoints are of a call (there is a task's id in *ns*) that began at a deleted one."""
+    """Whether the subgraph *ns* is one call, with a task's id in *ns*, that began at a deleted checkpoint."""
     began_at = (outlines[max(outlines)].metadata.get("parents") or {}).get("")
     return ":" in ns and began_at in root and began_at not in kept_ids
 
@@ -103,7 +103,7 @@ _delete_blobs = delete(blob).where(
 
 
 def _outlines_by_graph(connection: Connection, thread_id: str) -> dict[str, dict[str, CheckpointOutline]]:
-    """The checkpoints of a thread, by graph and id, oldest first. The thread is locked first."""
+    """The checkpoints of a thread, by graph and id, oldest first. The caller has locked the thread."""
     graphs: dict[str, dict[str, CheckpointOutline]] = {}
     for row in connection.execute(_select_outlines, {"the_thread": thread_id}):
         outline = CheckpointOutline(row.id, row.parent_id, row.run_id, json.loads(row.channels), row.metadata)
@@ -114,9 +114,9 @@ def _outlines_by_graph(connection: Connection, thread_id: str) -> dict[str, dict
 def _delete_checkpoints(
     connection: Connection, thread_id: str, ns: str, outlines: Outlines, deleted_ids: set[str]
 ) -> None:
-    """Delete checkpoints of a graph, and have their children follow their ancestors.
+    """Delete checkpoints of a graph. Their children become children of the nearest remaining ancestor.
 
-    Blobs go with the last checkpoint that has them.
+    A blob is deleted with the last checkpoint that uses it.
     """
     if not deleted_ids:
         return
@@ -133,7 +133,7 @@ def _delete_checkpoints(
         (channel, version) for id_ in deleted_ids for channel, version in outlines[id_].channels.items() if version
     }
     if blobs:
-        # Read after the deletion: checkpoints that were put in between count.
+        # Read this after the deletion, to include checkpoints that were stored in between.
         for channels in connection.scalars(_channels_in_use, graph):
             blobs.difference_update(json.loads(channels).items())
     unused_versions: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Queries on checkpoints: one, a page of them, or the ancestors of one."""
+"""Queries for one checkpoint, a page of checkpoints, or the ancestors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from memstate_sa.log.history import SNAPSHOT_MARK
 
 
 class _pairs(FunctionElement[Any]):  # noqa: N801  # as in SQL
-    """The members of a JSON object, values as text."""
+    """The names and values of a JSON object, as a table. Values are text."""
 
     inherit_cache = True
 
@@ -80,19 +80,20 @@ _columns = (
 
 
 def _with_contents(checkpoints: Select[Any]) -> CompoundSelect[Any]:
-    """*checkpoints*, their blobs and their writes, by one statement: all of one state.
+    """A statement for *checkpoints*, their blobs and their writes. One statement reads one state of the database.
 
-    Not by a CTE: a statement that begins with WITH is taken for one that writes, on SQLite.
+    It has no CTE, because on SQLite a statement that begins with WITH is treated as a write.
     """
     heads = checkpoints.subquery("heads")
     h, nothing = heads.c, cast(null(), Text)
     pair = _pairs(h.channels).table_valued("key", "value", name="pair")
     used = select(h.thread_id, h.ns, pair.c.key, pair.c.value).select_from(heads.join(pair, true()))
-    # Of one checkpoint they are distinct anyway; but only so does SQLite look for these, instead of through all blobs.
-    blob_keys = used.distinct().where(pair.c.value.is_not(None)).subquery("wanted")
+    # The keys of one checkpoint are distinct without DISTINCT. But with it, SQLite searches for these keys instead of
+    # reading all blobs.
+    blob_keys = used.distinct().where(pair.c.value.is_not(None)).subquery("blob_keys")
     columns = {"thread_id": "thread_id", "ns": "ns", "channel": "key", "version": "value"}
-    its_blob = and_(*(blob.c[name] == blob_keys.c[source] for name, source in columns.items()))
-    its_write = and_(write.c.thread_id == h.thread_id, write.c.ns == h.ns, write.c.checkpoint_id == h.id)
+    same_blob = and_(*(blob.c[name] == blob_keys.c[source] for name, source in columns.items()))
+    same_checkpoint = and_(write.c.thread_id == h.thread_id, write.c.ns == h.ns, write.c.checkpoint_id == h.id)
     return union_all(
         select(
             literal_column(str(_CHECKPOINT)).label("kind"), h.thread_id, h.ns, h.id, h.parent_id, h.position,
@@ -101,24 +102,24 @@ def _with_contents(checkpoints: Select[Any]) -> CompoundSelect[Any]:
         select(
             literal_column(str(_BLOB)), blob.c.thread_id, blob.c.ns, blob.c.channel, blob.c.version, nothing,
             nothing, nothing, literal_column("0"), blob.c.type, blob.c.value
-        ).select_from(blob_keys.join(blob, its_blob)),
+        ).select_from(blob_keys.join(blob, same_blob)),
         select(
             literal_column(str(_WRITE)), write.c.thread_id, write.c.ns, write.c.checkpoint_id, write.c.channel,
             nothing, write.c.task_id, write.c.task_path, write.c.idx, write.c.type, write.c.value
-        ).select_from(heads.join(write, its_write)),
+        ).select_from(heads.join(write, same_checkpoint)),
     )  # fmt: skip
 
 
 _of_graph = select(*_columns).where(in_graph(checkpoint))
 _exact = _with_contents(_of_graph.where(checkpoint.c.id == id_param))
-# Not a bound 1: PostgreSQL would take it for any number, and plan anew each time.
+# A literal 1, not a parameter: for an unknown limit, PostgreSQL would make a new plan each time.
 _latest = _with_contents(_of_graph.order_by(checkpoint.c.id.desc()).limit(literal_column("1")))
 
 
 def get_checkpoint(
     connection: Connection, thread_id: str, ns: str, checkpoint_id: str | None
 ) -> StoredCheckpoint | None:
-    """A checkpoint, or the latest of its graph."""
+    """The checkpoint with this id, or the latest of the graph if *checkpoint_id* is None."""
     graph = graph_params(thread_id, ns)
     if checkpoint_id is None:
         return next(iter(_assembled(connection, _latest, graph)), None)
@@ -159,20 +160,20 @@ def _age_order(stored: StoredCheckpoint) -> tuple[str, str, str]:
 
 
 class CheckpointQuery(NamedTuple):
-    """The conditions of a listing. None is no condition."""
+    """The conditions of a listing. None means no condition."""
 
     thread_id: str | None = None
     ns: str | None = None
     id: str | None = None
     before: str | None = None
     after: CheckpointKey | None = None
-    """The last checkpoint of the page before."""
+    """The last checkpoint of the previous page."""
 
 
 def page(
     connection: Connection, query: CheckpointQuery, filters: Mapping[str, Any], limit: int
 ) -> list[StoredCheckpoint]:
-    """Up to *limit* checkpoints, newest first, whose metadata are as *filters* say (`json_filter.matches`)."""
+    """Up to *limit* checkpoints, newest first, whose metadata match *filters* (see `json_filter.matches`)."""
     c = checkpoint.c
     conditions = ((c.thread_id, query.thread_id), (c.ns, query.ns), (c.id, query.id))
     criteria = [column == value for column, value in conditions if value is not None]
@@ -207,7 +208,7 @@ class CheckpointLink(NamedTuple):
 
 
 CHAIN_LIMIT = 500
-"""How many ancestors one statement walks."""
+"""The number of ancestors that one statement reads."""
 _depth = literal_column("0", Integer)
 _chain = (
     select(checkpoint.c.id, checkpoint.c.parent_id, checkpoint.c.channels, _depth.label("depth"))
@@ -223,13 +224,13 @@ _links = select(_chain.c.id, _chain.c.parent_id, _chain.c.channels).order_by(_ch
 
 
 def ancestry(connection: Connection, key: CheckpointKey) -> Iterable[CheckpointLink]:
-    """A checkpoint and its ancestors, itself first, read as they are asked for."""
+    """The checkpoint and its ancestors, nearest first. They are read lazily."""
     next_id: str | None = key.id
     while next_id is not None:
         rows = connection.execute(_links, checkpoint_params(key._replace(id=next_id))).all()
         links = [CheckpointLink(row.id, row.parent_id, json.loads(row.channels)) for row in rows]
         yield from links
-        # The walk ends at a root, at a parent that is gone, or because it is long.
+        # A statement stops at a root, at a deleted parent, or at the limit. Only in the last case continue.
         next_id = links[-1].parent_id if len(links) > CHAIN_LIMIT else None
 
 
@@ -243,7 +244,7 @@ _writes_to = (
 def writes_to(
     connection: Connection, key: CheckpointKey, channel: str, ids: Sequence[str]
 ) -> dict[str, list[TaskWrite]]:
-    """The writes to *channel*, in order, at each of the checkpoints *ids* of the same graph as *key*."""
+    """The writes to *channel* at each of the checkpoints *ids*, in order. They are in the same graph as *key*."""
     params = {**graph_params(key.thread_id, key.ns), "the_channel": channel, "ids": as_array(ids)}
     writes: dict[str, list[TaskWrite]] = {}
     for row in connection.execute(_writes_to, params).all():

@@ -1,4 +1,4 @@
-"""Checkpoints as rows: bytes in, bytes out. The saver knows what the bytes mean."""
+"""Checkpoints as rows with serialized values. Only the saver interprets the values."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class CheckpointKey(NamedTuple):
 
 
 class SerializedValue(NamedTuple):
-    """The bytes that a serializer made of a value, and their type."""
+    """A value in bytes, and the type that the serializer gave it."""
 
     type: str
     data: bytes
 
 
 class TaskWrite(NamedTuple):
-    """The *idx*-th thing that a task wrote, to *channel*. Sorted, they are in the order in which they take effect."""
+    """The *idx*-th write of a task, to *channel*. Sorted writes are in the order of their effects."""
 
     task_path: str
     task_id: str
@@ -40,20 +40,20 @@ class TaskWrite(NamedTuple):
 
 
 class NewCheckpoint(NamedTuple):
-    """A checkpoint to be stored. *position* True stands for where the log is now."""
+    """A checkpoint for storing. *position* True means the log's present position."""
 
     key: CheckpointKey
     parent_id: str | None
     payload: SerializedValue
     channels: Mapping[str, str | None]
-    """The version of each channel's blob; None: the value is in the payload."""
+    """The version of each channel's blob. None means that the payload has the value."""
     metadata: Mapping[str, Any]
     position: str | bool | None = None
 
 
 @dataclass
 class StoredCheckpoint:
-    """A checkpoint as it was read, with its blobs by channel and the writes of tasks that ran at it."""
+    """A stored checkpoint, with its blobs by channel and the writes of tasks that ran at it."""
 
     key: CheckpointKey
     parent_id: str | None
@@ -70,7 +70,7 @@ id_list = unnest_strings("ids")
 
 
 def in_graph(table: Table) -> ColumnElement[bool]:
-    """Whether a row is of the graph in the parameters: see `graph_params`."""
+    """Whether a row belongs to the graph in the parameters (see `graph_params`)."""
     return and_(table.c.thread_id == thread_param, table.c.ns == ns_param)
 
 
@@ -80,5 +80,5 @@ def graph_params(thread_id: str, ns: str) -> dict[str, Any]:
 
 
 def checkpoint_params(key: CheckpointKey) -> dict[str, Any]:
-    """The parameters of `in_graph`, and `id_param`."""
+    """The parameters of `in_graph` and `id_param`."""
     return {**graph_params(key.thread_id, key.ns), "the_id": key.id}

@@ -1,4 +1,4 @@
-"""LangGraph's interface to checkpoints: saved, read, copied and deleted, for functions and for coroutines."""
+"""LangGraph's checkpointer interface: save, read, copy and delete checkpoints, with sync and async methods."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 AS_OF = "memstate_as_of"
-"""The name, in a config, of the moment whose facts a run reads."""
+"""The name, in a config, of the moment for which a run reads facts."""
 _RUNTIME = "__pregel_runtime"
-"""The name, in a config, of an object that is the same for all saves of one run."""
+"""The name, in a config, of an object that identifies a run: all its saves have the same one."""
 _PAGE = 50
 _THREADS = {"read": 8, "save": 16, "begin": 32, "step": 32, "settle": 16}
-"""How many threads asyncio's calls have, for each kind of what they do."""
+"""The number of threads for asyncio's calls, by kind of call."""
 
 
 class CheckpointSaver(BaseCheckpointSaver[str]):
@@ -66,9 +66,9 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         self.engine = engine
         self._autocommit = self._read_committed = engine
         if not database_of(engine).has_one_writer:
-            # For one statement, BEGIN and COMMIT are most of the time; on SQLite it would take longer to say so.
+            # Around one statement, BEGIN and COMMIT take most of the time. On SQLite, autocommit would be slower.
             self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
-            # Whatever the application's own level: a late writer must see what others committed, and not fail for it.
+            # At a higher isolation level of the application, a late writer would fail instead of seeing new commits.
             self._read_committed = engine.execution_options(isolation_level="READ COMMITTED")
         sessions = sessionmaker(engine, expire_on_commit=False)
         if memory is not None:
@@ -78,7 +78,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         forks.in_child(self, CheckpointSaver._make_threads)
 
     def _make_threads(self) -> None:
-        # Each kind has its own: all threads of one kind may wait for what those of another do.
+        # Each kind has separate threads, because all threads of one kind may wait for threads of another kind.
         self._threads = {kind: ThreadPoolExecutor(count, f"memstate-{kind}") for kind, count in _THREADS.items()}
 
     # -- saving ----------------------------------------------------------------------------------------------------
@@ -90,10 +90,10 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
-        """Save a checkpoint, whose parent is the one that *config* names.
+        """Save a checkpoint. Its parent is the checkpoint in *config*.
 
-        It waits for the tasks of the superstep before it, until they have committed their writes. Raises StaleRun when
-        another run has taken over the thread.
+        It waits until the tasks of the previous superstep have committed their writes. Raises StaleRun if another run
+        has taken over the thread.
         """
         conf = config["configurable"]
         key = CheckpointKey(*graph_of(config), checkpoint["id"])
@@ -130,11 +130,11 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
     def _put_without_parent(
         self, config: RunnableConfig, key: CheckpointKey, encoded: EncodedCheckpoint, row: NewCheckpoint
     ) -> None:
-        """Save a checkpoint whose parent was deleted, perhaps during this run, and the blobs of its versions."""
+        """Save a checkpoint with all its blobs after its parent was deleted, perhaps during this run."""
         if encoded.delta_channels:
             raise ConflictError(
-                f"Cannot save a checkpoint of thread {key.thread_id!r}: the one that it follows was deleted, "
-                "and its DeltaChannels need that. Run the graph again from the thread's latest checkpoint."
+                f"Cannot save a checkpoint of thread {key.thread_id!r}. Its parent was deleted, and its DeltaChannels "
+                "need the parent. Run the graph again from the thread's latest checkpoint."
             )
         with self._read_committed.begin() as connection:
             thread_leases.renew_configured(connection, config)
@@ -148,16 +148,16 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         task_id: str,
         task_path: str = "",
     ) -> None:
-        """Save what a task wrote, and commit what it has open of its `step` in the same transaction.
+        """Save the writes of a task, and commit its open `step` in the same transaction.
 
-        A task that failed, or waits for an answer, will run again: what it has open is rolled back.
+        If the task failed or waits for an answer, it will run again, so its step is rolled back.
         """
         conf = config["configurable"]
         key = CheckpointKey(*graph_of(config), str(conf["checkpoint_id"]))
         run = conf.get(_RUNTIME)
         with self._steps.settle(key, task_id, run, commits=not _will_run_again(writes)) as step_connection:
             rows = encoded_writes(self.serde, writes, task_id, task_path)
-            # What is written again replaces what was there only of errors, interrupts and answers.
+            # Only errors, interrupts and answers replace existing writes.
             replace = all(channel in WRITES_IDX_MAP for channel, _ in writes)
             if step_connection is None:
                 job = partial(self._put_writes, config, key, rows, replace=replace)
@@ -179,7 +179,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
 
     @contextmanager
     def _writing(self, config: RunnableConfig, step_connection: Connection | None = None) -> Iterator[Connection]:
-        """A transaction, or that of a step. On PostgreSQL it is one statement, unless there is a lease to renew."""
+        """A new transaction, or the step's. On PostgreSQL, a new one is one statement, if no lease must be renewed."""
         engine = self._read_committed if thread_leases.is_leased(config) else self._autocommit
         with engine.begin() if step_connection is None else nullcontext(step_connection) as connection:
             thread_leases.renew_configured(connection, config)
@@ -188,14 +188,15 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-        """The checkpoint that *config* names, or the latest of its thread and graph, by one statement."""
+        """The checkpoint in *config*, or the latest of its thread and graph. One statement reads it."""
         thread_id, ns = graph_of(config)
         self._steps.run_begins(thread_id, ns)
         with self._autocommit.connect() as connection:
             stored = checkpoint_queries.get_checkpoint(connection, thread_id, ns, checkpoint_id_of(config))
         if stored is None:
             return None
-        self._steps.checkpoint_saved(stored.key)  # also when it is pruned before a task that runs at it begins a step
+        # Report it here, because it may be pruned before a task that runs at it begins a step.
+        self._steps.checkpoint_saved(stored.key)
         return decoded(self.serde, stored, positioned=self.memory is not None)
 
     def list(
@@ -206,11 +207,11 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> Iterator[CheckpointTuple]:
-        """Checkpoints, newest first, read in pages: those of the thread, the graph and the id that *config* names.
+        """The checkpoints of the thread, graph and id in *config*, newest first. They are read in pages.
 
-        Without *config*, those of all threads. Raises InvalidThread for a *config* that names no thread.
+        Without *config*, the checkpoints of all threads. Raises InvalidThread for a *config* without a thread.
 
-        *filter* is by metadata: values are compared as JSON, and None is null or no such name.
+        *filter* is a condition on metadata. Values are compared as JSON. None matches null and a missing name.
         """
         for page in self._pages(config, filter, before, limit):
             yield from page
@@ -240,7 +241,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
-        """The writes to each of *channels* on the way to a checkpoint, since the channel's last value was stored."""
+        """The writes to each of *channels* up to a checkpoint, since the channel was last stored in full."""
         if not channels:
             return {}
         return delta_history(self.engine, self.serde, graph_of(config), checkpoint_id_of(config), channels)
@@ -248,9 +249,9 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
     # -- threads and runs ------------------------------------------------------------------------------------------
 
     def delete_thread(self, thread_id: str, *, facts: bool = False) -> None:
-        """Delete a thread's checkpoints; with *facts*, take back what its steps have changed, too, in one transaction.
+        """Delete a thread's checkpoints. With *facts*, the same transaction also undoes the changes of its steps.
 
-        Facts that others have changed since stay: see `Memory.revoke`.
+        Facts that others have changed later stay (see `Memory.revoke`).
         """
         thread_id = thread_id_of(thread_id)
         if not facts:
@@ -258,15 +259,17 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
                 thread_rows.delete_threads(connection, [thread_id])
             return
         if self.memory is None:
-            raise MemstateError("this checkpointer knows no facts: give it a MemoryStore, or memory=")
+            raise MemstateError(
+                "Cannot use facts=True: this checkpointer knows no facts. Create it with a MemoryStore or with memory=."
+            )
         with self._steps.session() as session, session.begin():
             self.memory.revoke(session, session_id=thread_id)
             thread_rows.delete_threads(session.connection(), [thread_id])
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
-        """Delete the checkpoints of runs, by the ``run_id`` in their metadata; later ones become those of earlier ones.
+        """Delete the checkpoints of runs, by the ``run_id`` in their metadata.
 
-        A DeltaChannel whose writes go with them reads back without these.
+        Their children become children of the nearest remaining ancestor. DeltaChannels lose the deleted writes.
         """
         if not run_ids:
             return
@@ -274,21 +277,21 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
             checkpoint_pruning.delete_runs(connection, {str(id_) for id_ in run_ids})
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        """Copy all of a thread, ancestors and blobs included, in the database."""
+        """Copy a whole thread within the database, with ancestors and blobs."""
         source, target = thread_id_of(source_thread_id), thread_id_of(target_thread_id)
         with self._read_committed.begin() as connection:
             thread_rows.copy_thread(connection, source, target)
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """Delete all checkpoints of threads ("delete"), or all but the latest of each graph ("keep_latest").
+        """Delete all checkpoints of threads ("delete"), or all except the latest of each graph ("keep_latest").
 
-        Of a thread with DeltaChannels, the ancestors that the latest one is rebuilt from stay, too. A call of a
-        subgraph goes with the checkpoint that it began at.
+        In a thread with DeltaChannels, the ancestors that rebuild the latest checkpoint stay too. The checkpoints of a
+        subgraph's call are deleted together with the checkpoint at which the call began.
         """
         if isinstance(thread_ids, str):
-            raise TypeError("thread_ids: a sequence of thread ids, not a string")
+            raise TypeError("Invalid thread_ids: pass a sequence of thread ids, not a string.")
         if strategy not in ("keep_latest", "delete"):
-            raise ValueError(f"strategy={strategy!r}: 'keep_latest' or 'delete'")
+            raise ValueError(f"Invalid strategy={strategy!r}: use 'keep_latest' or 'delete'.")
         thread_ids = [thread_id_of(thread_id) for thread_id in thread_ids]
         if strategy == "delete":
             with self._read_committed.begin() as connection:
@@ -299,12 +302,12 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
                 checkpoint_pruning.prune_thread(connection, thread_id)
 
     def get_next_version(self, current: str | None, channel: None) -> str:  # noqa: ARG002
-        """Greater than *current*, and no fork's next version: blobs are stored by it."""
+        """A version greater than *current*. It is unique among forks, because blobs are stored by version."""
         number = 0 if current is None else int(str(current).split(".")[0])
         return f"{number + 1:08}.{random.getrandbits(48):012x}"
 
-    # -- asyncio: the same, in threads -----------------------------------------------------------------------------
-    # Not in asyncio's own threads: nodes that are no coroutines run there, and wait for the saves.
+    # -- asyncio: the same methods, in threads ---------------------------------------------------------------------
+    # Not in asyncio's default threads: sync nodes run there, and wait for the saves.
 
     async def _in_thread(self, kind: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         call = partial(copy_context().run, function, *args, **kwargs)
@@ -323,7 +326,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
         thread_id, ns = graph_of(config)
-        # A call that ends a step never waits behind calls that wait for one.
+        # A call that ends a step has separate threads. In the others, all calls may be waiting for that step.
         if _will_run_again(writes) and self._steps.is_open(thread_id, task_id):
             await self._in_thread("settle", self._steps.roll_back, thread_id, task_id)
         ends_a_step = self._steps.is_open(thread_id, task_id) or self._steps.would_postpone(thread_id, ns)
@@ -366,5 +369,5 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
 
 
 def _will_run_again(writes: Sequence[tuple[str, Any]]) -> bool:
-    """Whether they are those of a task that failed, or waits for an answer."""
+    """Whether *writes* come from a task that failed or waits for an answer."""
     return any(channel in (ERROR, INTERRUPT) for channel, _ in writes)

@@ -1,6 +1,6 @@
-"""LangGraph's checkpoints beside the facts: one database, and where it is asked for, one transaction.
+"""LangGraph's checkpoints in the database of the facts. With `step`, both commit in one transaction.
 
-``pip install 'memstate-sa[langgraph]'``. The tables are made by `setup`, or by Alembic.
+``pip install 'memstate-sa[langgraph]'``. `setup` creates the tables, or use Alembic.
 """
 
 from __future__ import annotations
@@ -53,16 +53,17 @@ T = TypeVar("T")
 class MemStateCheckpointer(CheckpointSaver):
     """Saves a graph's checkpoints in the database of the facts: PostgreSQL, or SQLite in a file.
 
-    *where* is a `MemoryStore`, an Engine (or AsyncEngine) or a URL. With a MemoryStore, or *memory* (a `Memory` whose
-    facts are in that database), every checkpoint also records how far the log of facts was, and `step` commits facts
-    with the state. Checkpoints themselves are no facts: they have no history and are in no index.
+    *where* is a `MemoryStore`, an Engine (or AsyncEngine) or a URL. Pass a MemoryStore, or a `Memory` with facts in
+    that database as *memory*. Then each checkpoint also records the log's last transaction, and `step` commits facts
+    with the state. Checkpoints themselves are not facts: they have no history, and are in no index.
 
-    Values are stored as msgpack, never as pickle. Reading builds plain types, LangChain's messages, LangGraph's own
-    classes, those that the schemas of a graph name, and those in *allow*. Whoever can write to the database cannot have
-    this process build anything else: a value of another class is a MemstateError. *allow* takes classes, and schemas,
-    which stand for all classes that their fields name. *serde* replaces the serializer, to encrypt for example.
+    Values are stored as msgpack, never as pickle. Reading builds only these classes: plain types, LangChain's messages,
+    LangGraph's own classes, classes in the schemas of a graph, and classes in *allow*. A value of another class raises
+    MemstateError, so an attacker with write access to the database cannot make this process build other objects.
+    *allow* takes classes, and schemas, which stand for all classes in their fields. *serde* replaces the serializer,
+    for example to encrypt.
 
-    All methods may be called from any thread; those of asyncio run the same code in threads.
+    All methods may be called from any thread. The async methods run the same code in threads.
 
     ::
 
@@ -82,13 +83,16 @@ class MemStateCheckpointer(CheckpointSaver):
     ) -> None:
         allow = tuple(allow)
         if serde is not None and allow:
-            raise MemstateError("Cannot use allow= with serde=: that serializer decides alone. Tell it what to allow.")
+            raise MemstateError(
+                "Cannot use allow= with serde=. Your serializer decides which classes it reads. Configure it instead."
+            )
         if isinstance(where, MemoryStore):
             memory = where.memory
         engine = sync_engine(where, memory)
         if sqlite.is_in_memory(engine):
             raise MemstateError(
-                "an in-memory SQLite has one connection, which a graph's threads cannot share: use a file"
+                "Cannot use an in-memory SQLite database. It has one connection, which a graph's threads cannot share. "
+                "Use a file."
             )
         super().__init__(engine, memory, serde or StateSerializer(allow), step_timeout_s)
         self._owns_engine = isinstance(where, (str, URL)) or (memory is None and engine is not where)
@@ -96,7 +100,7 @@ class MemStateCheckpointer(CheckpointSaver):
             sqlite.watch(self)
 
     def setup(self) -> None:
-        """Create the tables that are not there yet. With Alembic, a migration does it."""
+        """Create missing tables. With Alembic, a migration does this."""
         if self.memory is not None:
             self.memory.create_tables(self.engine)
         else:
@@ -106,7 +110,7 @@ class MemStateCheckpointer(CheckpointSaver):
         await self._in_thread("save", self.setup)
 
     def close(self) -> None:
-        """End its threads, and an engine that it has made of a URL itself; nothing is lost that was saved."""
+        """End the threads, and dispose of an engine that was made from a URL. Saved checkpoints stay."""
         sqlite.unwatch(self)
         for threads in self._threads.values():
             threads.shutdown()
@@ -123,32 +127,37 @@ class MemStateCheckpointer(CheckpointSaver):
 
     @contextmanager
     def step(self, config: RunnableConfig | None = None) -> Iterator[Session]:
-        """In a node, a Session whose changes commit in the transaction that saves what the node writes to the state.
+        """A Session for use in a node. Its changes commit in the transaction that saves the node's writes to the state.
 
-        Whatever kills the process, both are there afterwards, or neither; a node that fails, is retried, or waits for
-        an answer leaves none. All blocks of one node share the Session; it is closed when the node's writes are saved,
-        and is not to be committed by hand. Calls of the MemoryStore, and of a MemStateStore of this memory, join it
-        inside the block. What it changes is labelled with the thread as session_id
-        (``memory.rollback(session, session_id=thread_id)``), and the node as reason.
+        After a crash, both are there or neither. If the node fails, is retried or waits for an answer, its changes are
+        rolled back. All blocks of a node share the Session. It is closed when the node's writes are saved, so do not
+        commit it yourself. Inside the block, calls of the MemoryStore, and of a MemStateStore with this memory, join
+        the transaction. Changes are labelled with the thread as session_id
+        (``memory.rollback(session, session_id=thread_id)``) and with the node as reason.
 
-        A node that leaves its graph by a Command to a parent commits with the task of the parent that called the graph.
+        If a node leaves its graph by a Command to a parent, its step commits with the parent's task that called the
+        graph.
 
-        Write late: rows stay locked until the node returns, on SQLite the database. A write outside of the step, and a
-        subgraph that is called after it, raise MemstateError there. A node that begins a step sees what the steps
-        before it wrote. Others may run before that is committed, unless the graph runs with ``durability="sync"``.
-        With "exit" nothing is saved until the run is over, so there are no steps.
+        Write late in the node: until it returns, rows stay locked, and on SQLite the whole database. On SQLite, a write
+        outside the step and a subgraph that is called after it raise MemstateError. A node that begins a step sees the
+        changes of earlier steps. A node without a step may run before they are committed, unless the graph runs with
+        ``durability="sync"``. With ``durability="exit"`` nothing is saved until the run ends, so steps raise
+        MemstateError.
 
-        Of many nodes that run at a time, as many begin a step as the engine's pool has room for, on SQLite one. Others
-        wait until a node returns, without a connection. Raises MemstateError when none does for *step_timeout_s*.
+        When many nodes run at the same time, the engine's pool limits the number of open steps. On SQLite the limit is
+        one. Other nodes wait, without a connection, until a node returns. Raises MemstateError if none returns within
+        *step_timeout_s*.
 
-        Raises MemstateError outside of a node, and in a coroutine, where `astep` is to be used.
+        Raises MemstateError outside a node, and in a coroutine: use `astep` there.
         """
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             pass
         else:
-            raise MemstateError("a coroutine must not wait for the database: await checkpointer.astep(function)")
+            raise MemstateError(
+                "Cannot use step() in a coroutine, because it blocks. Use `await checkpointer.astep(function)`."
+            )
         config = config or node_config()
         execution = execution_of(config)
         task = execution.task
@@ -160,14 +169,14 @@ class MemStateCheckpointer(CheckpointSaver):
                 yield session
 
     async def astep(self, work: Callable[[Session], T], config: RunnableConfig | None = None) -> T:
-        """Call *work* with the Session of `step`, in a thread, and return what it does."""
+        """Call *work* with the Session of `step`, in a thread, and return its result."""
         config = config or node_config()
         execution, cancelled = execution_of(config), threading.Event()
         task = execution.task
 
         def begin() -> NodeTransaction:
             transaction = self._steps.begin(task, self._is_saved, execution)
-            if cancelled.is_set():  # before there was a transaction
+            if cancelled.is_set():  # the node was cancelled before there was a transaction
                 self._steps.give_up(task)
             return transaction
 
@@ -176,7 +185,7 @@ class MemStateCheckpointer(CheckpointSaver):
                 with self.step(config) as session:
                     return work(session)
             finally:
-                if cancelled.is_set():  # before this made another one
+                if cancelled.is_set():  # the node was cancelled, and `step` may have begun another transaction
                     self._steps.give_up(task)
 
         def when_done(node: asyncio.Task[Any]) -> None:
@@ -187,7 +196,7 @@ class MemStateCheckpointer(CheckpointSaver):
         node = asyncio.current_task()
         assert node is not None
         node.add_done_callback(when_done)
-        # Threads apart: those in which steps begin may all wait for saves, and these for a step that goes on.
+        # Separate kinds of threads: all "begin" threads may be waiting for saves, and the saves for a "step" thread.
         transaction = self._steps.find(task)
         if transaction is None or not transaction.permit.done():
             async with execution.awaiting():
@@ -197,7 +206,7 @@ class MemStateCheckpointer(CheckpointSaver):
         return await self._in_thread("step", enter)
 
     def before_begin(self, connection: Connection) -> None:
-        """Raise where a node writes beside its own step, which SQLite would have it wait for in vain."""
+        """Raise an error if a node writes outside its own open step. On SQLite it would wait for the step forever."""
         config = var_child_runnable_config.get() if self._steps.is_any_open else None
         if config is not None and is_same_database(connection.engine, self.engine):
             conf = config.get("configurable", {})
@@ -210,25 +219,27 @@ class MemStateCheckpointer(CheckpointSaver):
     # -- the past --------------------------------------------------------------------------------------------------
 
     def position(self, checkpoint: Any) -> Moment:
-        """Where the log of facts was when a checkpoint was saved, as `Memory` takes it (``to=``, ``as_of=``, …).
+        """The moment of the log at which a checkpoint was saved. `Memory` accepts it as ``to=``, ``as_of=`` …
 
-        *checkpoint* is a config, a StateSnapshot or a CheckpointTuple. ``memory.rollback(session, to=…)`` takes the
-        facts back to where the state was; with ``session_id=thread_id``, those that this thread's steps have changed.
+        *checkpoint* is a config, a StateSnapshot or a CheckpointTuple. ``memory.rollback(session, to=…)`` takes all
+        facts back to that moment. With ``session_id=thread_id``, it undoes only changes of this thread's steps.
         """
         metadata: Any = getattr(checkpoint, "metadata", None)
         if metadata is None:
             stored = self.get_tuple(checkpoint)
             if stored is None:
-                raise MemstateError("no such checkpoint")
+                raise MemstateError("No such checkpoint. It was never saved, or it was deleted.")
             metadata = stored.metadata
         if POSITION not in metadata:
-            raise MemstateError("this checkpoint was saved by a checkpointer without memory=")
+            raise MemstateError(
+                "This checkpoint has no position in the log. It was saved by a checkpointer without memory=."
+            )
         return moment_of(metadata[POSITION])
 
     def at(self, checkpoint: Any) -> RunnableConfig:
-        """A config to run the graph from *checkpoint* with the facts as they were then: nodes ask `as_of` for it.
+        """A config to run the graph from *checkpoint* with the facts of that time. Nodes get the moment from `as_of`.
 
-        Without it, a replay works with the facts of today.
+        A replay without this config works with today's facts.
         """
         config = checkpoint if isinstance(checkpoint, dict) else checkpoint.config
         position = self.position(checkpoint)
@@ -236,7 +247,7 @@ class MemStateCheckpointer(CheckpointSaver):
         return cast("RunnableConfig", {**config, "configurable": {**config["configurable"], AS_OF: as_of}})
 
     def as_of(self, config: RunnableConfig | None = None) -> Moment | None:
-        """In a node: the moment that its run reads facts of, as ``memory.search`` takes it; None is the present."""
+        """The moment for which this node's run reads facts, for ``memory.search`` and others. None is the present."""
         as_of = (config or node_config())["configurable"].get(AS_OF)
         return None if as_of is None else moment_of(as_of)
 
@@ -246,11 +257,12 @@ class MemStateCheckpointer(CheckpointSaver):
     def run(
         self, config: RunnableConfig, *, lease_s: float = 300.0, take_over: bool = False
     ) -> Iterator[RunnableConfig]:
-        """Have a thread alone: ``with checkpointer.run(config) as config: graph.invoke(input, config)``.
+        """Reserve a thread for one run: ``with checkpointer.run(config) as config: graph.invoke(input, config)``.
 
-        Raises StaleRun while another run has it, unless that run's process (on this machine) has ended or *take_over*
-        is given; who was taken over is refused from then on, whatever it writes. The lease lasts *lease_s* seconds
-        from each save on: longer than the longest node takes. Runs without a lease are not held up, and hold up none.
+        Raises StaleRun while another run has the thread, unless that run's process (on this machine) has ended, or
+        *take_over* is True. Later writes of a run that was taken over are refused. The lease lasts *lease_s* seconds
+        after each save, so choose more than the duration of the longest node. Runs without a lease do not wait for
+        leases, and do not block other runs.
         """
         (thread_id, _), owner = graph_of(config), owner_id()
         with self._read_committed.begin() as connection:

@@ -1,4 +1,4 @@
-"""The writes to DeltaChannels, which LangGraph rebuilds their values from."""
+"""The writes to DeltaChannels, from which LangGraph rebuilds their values."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def delta_history(
     checkpoint_id: str | None,
     channels: Sequence[str],
 ) -> Mapping[str, DeltaChannelHistory]:
-    """The writes to each of *channels* on the way to a checkpoint, since the channel's last value was stored.
+    """The writes to each of *channels* up to a checkpoint, since the channel was last stored in full.
 
-    *graph* is a thread and a namespace in it; *checkpoint_id* None is its latest checkpoint.
+    *graph* is a thread and a namespace in it. *checkpoint_id* None means the latest checkpoint.
     """
     seeds: dict[str, str] = {}
     paths: dict[str, Sequence[str]] = {}
-    # Several statements of one state, in which nothing is pruned half-way.
+    # All statements read one snapshot, so that pruning cannot happen between them.
     with database_of(engine).snapshot(engine) as connection:
         if checkpoint_id is None:
             latest = checkpoint_queries.get_checkpoint(connection, *graph, None)

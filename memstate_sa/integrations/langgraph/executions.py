@@ -1,8 +1,8 @@
-"""A task while LangGraph executes it: where it is, and how it ends.
+"""A task that LangGraph is running: its place in the graphs, and its end.
 
-LangGraph gives a checkpointer what a task has written. It reports no task that ends without writes: one that leaves
-its graph by a Command to a parent, that is cancelled, or that is tried again. Only its own objects know.
-This module reads them, and it alone. They are those of LangGraph 1.2.
+LangGraph gives a checkpointer the writes of a task. It does not report a task that ends without writes. Such a task
+leaves its graph by a Command to a parent, is cancelled, or is tried again. Only LangGraph's internal objects know it,
+and only this module reads these objects. It supports LangGraph 1.2.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from memstate_sa.integrations.langgraph.step_coordinator import StepCoordinator
 from memstate_sa.integrations.langgraph.thread_ids import thread_id_of
 
 _CALL = "__pregel_call"
-"""The function by which a node calls a ``@task``: it knows the node's task, and its graph."""
+"""The function with which a node calls a ``@task``. It refers to the node's task and graph."""
 
 
 class Execution(StepLifetime):
-    """A running task, by the *configurable* part of its config."""
+    """A running task, found by the *configurable* part of its config."""
 
     def __init__(self, conf: Mapping[str, Any]) -> None:
         try:
@@ -42,7 +42,8 @@ class Execution(StepLifetime):
             checkpoint = CheckpointKey(thread_id_of(conf["thread_id"]), ns, graph.checkpoint["id"])
         except (AttributeError, KeyError, IndexError) as error:
             raise MemstateError(
-                "Cannot find the graph that runs this task: this version of LangGraph is not known. Use langgraph 1.2"
+                "Cannot find the graph that runs this task. This version of LangGraph is not supported. Use langgraph "
+                "1.2."
             ) from error
         super().__init__(graph)
         self.loop = keywords.get("loop")
@@ -59,7 +60,7 @@ class Execution(StepLifetime):
 
     @property
     def around(self) -> Execution | None:
-        """The task that has called the graph."""
+        """The task that called the graph."""
         conf = self.graph.config["configurable"]
         return Execution(conf) if _CALL in conf else None
 
@@ -67,7 +68,7 @@ class Execution(StepLifetime):
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Lend a thread to each graph that this one keeps waiting: what it waits for may need one."""
+        """Lend a thread to this graph and those around it while this thread waits. Other nodes may need it to end."""
         with ExitStack() as stack:
             for execution in self._chain():
                 if isinstance(executor := execution.executor, ThreadPoolExecutor):
@@ -83,11 +84,11 @@ class Execution(StepLifetime):
         for limit in limits:
             limit.release()
         yield
-        for limit in limits:  # not of a coroutine that has failed: it does nothing more
+        for limit in limits:  # skipped after an error, because the coroutine ends
             await limit.acquire()
 
     def _chain(self) -> Iterator[Execution]:
-        """This task, and those around it."""
+        """This task, and the tasks around it."""
         execution: Execution | None = self
         while execution is not None:
             yield execution
@@ -95,18 +96,21 @@ class Execution(StepLifetime):
 
     @property
     def limit(self) -> asyncio.Semaphore | None:
-        """The semaphore of a graph of coroutines: ``max_concurrency`` of its nodes and saves run at a time."""
+        """The semaphore of an async graph, which limits its nodes and saves to ``max_concurrency`` at a time."""
         return getattr(self.graph.submit.__self__, "semaphore", None)
 
     @property
     def executor(self) -> Any:
-        """The threads of the graph's functions: its own, or, if it runs coroutines, those of their event loop."""
+        """The thread pool for the graph's sync nodes: its own, or the event loop's for an async graph."""
         return getattr(self.graph.submit.__self__, "executor", None) or getattr(self.loop, "_default_executor", None)
 
-    # -- how it ends -----------------------------------------------------------------------------------------------
+    # -- its end ---------------------------------------------------------------------------------------------------
 
     def watch(self, steps: StepCoordinator, task: Task) -> None:
-        """Report to *steps* how this execution ends: *task* is its own, or one that it has called and that has left."""
+        """Report the end of this execution to *steps*.
+
+        *task* is its own task, or a task inside it that left its graph by a Command to this one.
+        """
         manager = self._task().config.get("callbacks")
         if manager is not None:
             manager.add_handler(_NextAttempt(self.task.path, partial(steps.drop, task)), inherit=False)
@@ -117,7 +121,7 @@ class Execution(StepLifetime):
         self.graph.stack.push(partial(self._graph_ends, steps, task))
 
     def _known_future(self) -> Any:
-        """The future that LangGraph waits for. None: it runs the task itself, or has not stored the future yet."""
+        """The task's future. None if LangGraph runs the task itself, or has not stored the future yet."""
         futures, task = self._futures(), self._task()
         if self._future is None and futures is not None:
             future = next((future for future, other in list(futures.items()) if other is task), None)
@@ -125,17 +129,17 @@ class Execution(StepLifetime):
         return None if self._future is None else self._future()
 
     def _ends_unseen(self, steps: StepCoordinator, task: Task, future: Any) -> None:
-        """Keep the *future* of a task that had none when its step began. LangGraph drops it before the graph ends."""
+        """Keep *future* for a task whose step began before it had one. LangGraph drops it before the graph ends."""
         self._future = lambda: future
         _future_ends(steps, task, self.task.checkpoint.ns, future)
 
     def _graph_ends(self, steps: StepCoordinator, task: Task, _: Any, error: BaseException | None, __: Any) -> None:
-        """Give up the writes that LangGraph will not save, or hand them over to the parent."""
+        """Give up the step if LangGraph will not save its task, or hand it over to the parent's task."""
         if error is None or self._is_saved() or steps.find(task) is None:
             return
         future = self._known_future()
         if future is not None and not future.done():
-            return  # it is saved when it has ended
+            return  # LangGraph saves the task when it ends
         task_error = error if future is None else _error(future)
         if task_error is not error or not isinstance(error, ParentCommand):
             steps.give_up(task)
@@ -148,47 +152,56 @@ class Execution(StepLifetime):
         ):
             steps.give_up(task)
             raise MemstateError(
-                "Cannot save what this step wrote: its node left by a Command to a graph that saves no checkpoints as "
-                "it goes. Compile the parent with the same checkpointer, and run it with durability='async' or 'sync'"
+                "Cannot save the changes of this step. Its node left by a Command to a parent that does not save "
+                "checkpoints during the run. Compile the parent with the same checkpointer, and run it with "
+                "durability='async' or 'sync'."
             ) from error
         steps.hand_over(task, parent.task, parent)
         parent.watch(steps, task)
 
     def _is_saved(self) -> bool:
-        """Whether LangGraph has saved what the task wrote, or will."""
+        """Whether LangGraph has saved the writes of the task, or will do so."""
         graph, task = self.graph, self.task
         saved_tasks = {task_id for task_id, *_ in graph.checkpoint_pending_writes}
         return graph.checkpoint["id"] != task.checkpoint.id or task.id in saved_tasks
 
 
 def node_config() -> RunnableConfig:
-    """The config of the node that runs here."""
+    """The config of the running node."""
     try:
         return get_config()
     except RuntimeError as error:
-        raise MemstateError("not in a node of a graph: give the config that it was called with") from error
+        raise MemstateError(
+            "This code is not running in a node. Call it in a node, or pass the node's config."
+        ) from error
 
 
 def execution_of(config: RunnableConfig) -> Execution:
-    """The task that *config* was made for."""
+    """The running task to which *config* belongs."""
     conf: Mapping[str, Any] = config.get("configurable", {})
     if not conf.get("__pregel_task_id") or not conf.get("checkpoint_ns"):
-        raise MemstateError("not in a node of a graph that has a checkpointer")
+        raise MemstateError(
+            "Cannot begin a step: this config is not from a node of a graph with a checkpointer. Call step() in a node."
+        )
     execution = Execution(conf)
     if execution.saves_nothing:
         raise MemstateError(
-            "Cannot begin a step: the graph of this node has no checkpointer, so nothing is saved when the node "
-            "returns. Compile it with this checkpointer, and its subgraphs without checkpointer=False"
+            "Cannot begin a step: the graph of this node has no checkpointer, so LangGraph saves nothing when the node "
+            "returns. Compile the graph with this checkpointer, and its subgraphs without checkpointer=False."
         )
     if conf.get("__pregel_durability") == "exit":
-        raise MemstateError("durability='exit' saves nothing before the run is over: run it with 'async' or 'sync'")
+        raise MemstateError(
+            "Cannot begin a step: with durability='exit' nothing is saved before the run ends. Run the graph with "
+            "durability='async' or 'sync'."
+        )
     return execution
 
 
 class _Endings:
-    """A replacement for the callback that LangGraph calls when a task has ended. It calls our listeners, too.
+    """A replacement for LangGraph's callback at the end of a task. It also calls our listeners.
 
-    LangGraph starts a task's thread before it stores the task's future. A step that begins in between finds no future.
+    It is needed because LangGraph starts a task's thread before it stores the task's future. A step that begins in
+    between has no future to watch.
     """
 
     def __init__(self, callback: Callable[[], Callable[[Any, BaseException | None], None] | None]) -> None:
@@ -197,7 +210,7 @@ class _Endings:
 
     @classmethod
     def of(cls, futures: Any) -> _Endings:
-        """The replacement in *futures*. Several threads may ask for it at once, and get the same one."""
+        """The replacement in *futures*. Threads that call this at the same time get the same one."""
         endings: _Endings = vars(futures).setdefault("memstate_endings", cls(futures.callback))
         futures.callback = endings
         return endings
@@ -206,7 +219,7 @@ class _Endings:
         self._listeners.setdefault(task_id, []).append(listener)
 
     def __call__(self) -> Callable[[Any, BaseException | None], None]:
-        """The callback. LangGraph keeps a weak reference to it, and calls that first."""
+        """The callback. LangGraph expects a weak reference here, and calls it to get the callback."""
         return self._on_end
 
     def _on_end(self, task: Any, error: BaseException | None) -> None:
@@ -222,9 +235,9 @@ class _Endings:
 
 
 class _NextAttempt(BaseCallbackHandler):
-    """Calls a function when LangGraph tries the task of a *path* again. LangGraph reports that in no other way.
+    """Calls a function when LangGraph tries the task at *path* again. LangGraph reports this in no other way.
 
-    Functions under ``@task`` share the callbacks of the node that calls them. So this hears when others begin, too.
+    ``@task`` functions share the callbacks of the node that calls them, so events of other paths arrive here too.
     """
 
     run_inline = True
@@ -249,7 +262,7 @@ def _error(future: Any) -> BaseException | None:
 
 @contextmanager
 def _lend_permit(limit: asyncio.Semaphore, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """Let one more coroutine run, as one only waits."""
+    """Let one more coroutine run while one of them waits."""
     loop.call_soon_threadsafe(limit.release)
     yield
     asyncio.run_coroutine_threadsafe(limit.acquire(), loop).result()
@@ -257,11 +270,11 @@ def _lend_permit(limit: asyncio.Semaphore, loop: asyncio.AbstractEventLoop) -> I
 
 @contextmanager
 def _lend_thread(executor: Any) -> Iterator[None]:
-    """Let a ThreadPoolExecutor have one thread more, as one of its own only waits."""
-    # Nothing public changes how many it has.
+    """Give a ThreadPoolExecutor one more thread while one of its threads waits."""
+    # There is no public way to change the number of threads.
     with executor._shutdown_lock:
         executor._max_workers += 1
-        # It starts none while it believes that one is idle. That may be wrong: it counts those as idle that went on.
+        # _adjust_thread_count starts no thread if one seems idle. The count of idle threads may be too high, so repeat.
         while not executor._shutdown and len(executor._threads) < executor._max_workers:
             executor._adjust_thread_count()
     try:

@@ -1,4 +1,4 @@
-"""A semaphore that serves those who wait in the order in which they asked, coroutines and threads alike."""
+"""A semaphore that serves coroutines and threads in the order of their requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeAlias
 from memstate_sa.errors import MemstateError
 
 Permit: TypeAlias = Future[None]
-"""It is done when it is granted, or when the request for it was rejected."""
+"""A future that is done when the permit is granted, or its request was rejected."""
 
 
 class FairSemaphore:
@@ -20,11 +20,11 @@ class FairSemaphore:
     def __init__(self, limit: int, lock: threading.Condition | None = None) -> None:
         self._limit = limit
         self._lock = lock or threading.Condition()
-        self._permits: list[Permit] = []  # granted ones first, then those that are waited for
+        self._permits: list[Permit] = []  # granted permits first, then requests
         self._releases = 0
 
     def request(self) -> Permit:
-        """A permit, which may be granted later."""
+        """Request a permit. It may be granted later."""
         permit: Permit = Future()
         with self._lock:
             self._permits.append(permit)
@@ -32,13 +32,13 @@ class FairSemaphore:
         return permit
 
     def release(self, permit: Permit) -> None:
-        """Give back a permit, or withdraw the request for it. It may be released twice."""
+        """Give back a permit, or withdraw the request for it. A second call does nothing."""
         with self._lock:
             self._remove(permit)
-        permit.cancel()  # nobody needs to wait for it any more
+        permit.cancel()  # wakes its waiters
 
     def reject(self, permit: Permit, error: Exception) -> None:
-        """Raise *error* in those who wait for *permit*, unless it was granted already."""
+        """Reject the request for *permit*: its waiters get *error*. A granted permit stays."""
         with self._lock:
             if not permit.done():
                 permit.set_exception(error)
@@ -56,10 +56,10 @@ class FairSemaphore:
                 permit.set_result(None)
 
     async def wait(self, permit: Permit, timeout_s: float) -> None:
-        """Return when *permit* is granted. Raises MemstateError when none is released for *timeout_s* seconds."""
+        """Wait until *permit* is granted. Raises MemstateError if no permit is released for *timeout_s* seconds."""
         while not permit.done():
             releases = self._releases
-            # Not the future itself: who is cancelled would cancel it for all that wait for it.
+            # A wrapper, because a cancelled waiter would cancel the permit for all other waiters.
             granted = asyncio.wrap_future(permit)
             granted.add_done_callback(lambda granted: granted.cancelled() or granted.exception())  # `check` raises it
             await asyncio.wait([granted], timeout=timeout_s)
@@ -67,7 +67,7 @@ class FairSemaphore:
         self.check(permit)
 
     def wait_blocking(self, permit: Permit, timeout_s: float) -> None:
-        """Wait as `wait` does, and block this thread."""
+        """Do the same as `wait`, but block the thread."""
         while not permit.done():
             releases = self._releases
             concurrent.futures.wait([permit], timeout=timeout_s)
@@ -75,13 +75,13 @@ class FairSemaphore:
 
     @staticmethod
     def check(permit: Permit) -> None:
-        """Raise the error with which the request for *permit* was rejected."""
+        """Raise the error of a rejected request."""
         if not permit.cancelled():
             permit.result()
 
     def _check_progress(self, permit: Permit, releases: int, timeout_s: float) -> None:
         if not permit.done() and self._releases == releases:
             raise MemstateError(
-                f"as many steps are open as may be ({self._limit}), and none has ended for {timeout_s:g} s: a node "
-                "that has begun one is to return soon, and not to wait for another node that has not"
+                f"Cannot begin a step: the maximum of {self._limit} open steps is reached, and none has ended for "
+                f"{timeout_s:g} s. A node must return soon after its step, and must not wait for a node without one."
             )

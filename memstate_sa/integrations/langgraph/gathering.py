@@ -1,4 +1,4 @@
-"""Calls of a store that coroutines make at the same time, sent to the database as one."""
+"""Combine the store calls that coroutines make at the same time into one batch for the database."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memstate_sa.errors import DeliveryRetryable
 Batch: TypeAlias = Callable[[list[Any]], list[Any]]
 
 _UNAVAILABLE = (OperationalError, InterfaceError, DeliveryRetryable)
-"""An error that would fail every call: there is no point in trying them one by one."""
+"""Errors that would fail every call, so that retrying calls one by one is useless."""
 
 
 class _StoreCall(NamedTuple):
@@ -22,9 +22,9 @@ class _StoreCall(NamedTuple):
 
 
 class Gathering:
-    """Collects the calls of one turn of an event loop, as LangGraph's own stores do.
+    """Collects the calls of one iteration of an event loop, like LangGraph's own stores.
 
-    A call has its own outcome: where one is refused, the others are made without it.
+    Each call has a separate outcome. If one is refused, the others are made without it.
     """
 
     def __init__(self) -> None:
@@ -32,13 +32,13 @@ class Gathering:
         self._sent: set[asyncio.Task[None]] = set()
 
     async def call(self, batch: Batch, ops: Sequence[Any], batch_key: Hashable) -> list[Any]:
-        """The results of *batch* for *ops*. It is called in a thread, once for all calls with equal *batch_key*."""
+        """The results of *batch* for *ops*. A thread calls *batch* once for all calls with the same *batch_key*."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[list[Any]] = loop.create_future()
         key = (loop, batch_key)
         if key not in self._waiting:
             self._waiting[key] = []
-            loop.call_soon(self._send, loop, batch, key)  # after all coroutines that are ready to go on
+            loop.call_soon(self._send, loop, batch, key)  # runs after all coroutines that are ready now
         self._waiting[key].append(_StoreCall(ops, outcome))
         return await outcome
 
@@ -52,7 +52,7 @@ class Gathering:
     async def _run(self, batch: Batch, calls: Sequence[_StoreCall]) -> None:
         try:
             outcomes = await asyncio.to_thread(_outcomes, batch, calls)
-        except BaseException:  # the loop is ending
+        except BaseException:  # the event loop is ending
             for call in calls:
                 call.outcome.cancel()
             raise
@@ -66,10 +66,10 @@ class Gathering:
 
 
 def _outcomes(batch: Batch, calls: Sequence[_StoreCall]) -> list[list[Any] | Exception]:
-    """The results or the error of each call. A failed batch has written nothing, so its halves can be tried again."""
+    """The results or the error of each call. A failed batch wrote nothing, so its halves can be tried again."""
     try:
         results = iter(batch([op for call in calls for op in call.ops]))
-    except Exception as error:  # noqa: BLE001  # it is raised where the call was made
+    except Exception as error:  # noqa: BLE001  # `Gathering.call` raises it
         if len(calls) == 1 or isinstance(error, _UNAVAILABLE):
             return [error] * len(calls)
         half = len(calls) // 2

@@ -1,6 +1,6 @@
-"""The import of checkpoints that LangGraph's own savers have stored, from their tables in PostgreSQL or SQLite.
+"""Import checkpoints from the tables of LangGraph's own savers, in PostgreSQL or SQLite.
 
-Values are carried over as they are stored: none is unpickled, and no class is imported for it.
+Values are copied in their stored form. None is unpickled, and no class is imported.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ def import_checkpoints(
     serde: SerializerProtocol | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Copy the checkpoints (of *threads*) that a PostgresSaver or SqliteSaver keeps in *source*; returns how many.
+    """Copy the checkpoints of a PostgresSaver or SqliteSaver (only *threads*, if set), and return their number.
 
-    One transaction a thread. What is there already stays as it is, so it may be run again, for what has come since.
-    *serde* is the serializer that they were stored with, where it was not the default: they are read by it then.
+    *source* is the saver's database. Each thread is one transaction. Existing checkpoints stay unchanged, so a second
+    run imports only new ones. If the saver used another serializer than the default, pass it as *serde* to read the
+    values.
 
-    Raises MemstateError where there are no such tables, or for values that only *serde* could read.
+    Raises MemstateError if *source* has no such tables, or if a value cannot be read without *serde*.
     """
     engine = sync_engine(source, None)
     tables = _SaverTables(engine, serde, checkpointer.serde)
@@ -66,7 +67,7 @@ class _SaverCheckpoint(NamedTuple):
     checkpoint: dict[str, Any]
     metadata: dict[str, Any]
     values: dict[str, SerializedValue]
-    """The values of the channels that are not in the checkpoint itself."""
+    """The values that are stored outside the checkpoint, by channel."""
     writes: list[TaskWrite]
 
 
@@ -82,7 +83,7 @@ def _put(target: Connection, checkpointer: MemStateCheckpointer, key: Checkpoint
 
 
 class _SaverTables:
-    """The tables of a saver of LangGraph's."""
+    """The tables of one of LangGraph's own savers."""
 
     def __init__(self, engine: Engine, serde: SerializerProtocol | None, new_serde: SerializerProtocol) -> None:
         self._serde, self._new_serde = serde, new_serde
@@ -90,7 +91,10 @@ class _SaverTables:
         names = {"checkpoints", *(("checkpoint_writes", "checkpoint_blobs") if self._has_blobs else ("writes",))}
         missing = names - set(inspect(engine).get_table_names())
         if missing:
-            raise MemstateError(f"no checkpoints of LangGraph's savers there: no table {', '.join(sorted(missing))}")
+            raise MemstateError(
+                f"Cannot find checkpoints of LangGraph's savers: there is no table {', '.join(sorted(missing))}. Check "
+                "that source= is the saver's database."
+            )
         metadata = MetaData()
         metadata.reflect(engine, only=list(names))
         self._checkpoints = metadata.tables["checkpoints"]
@@ -143,7 +147,7 @@ class _SaverTables:
     def _values(
         self, connection: Connection, key: CheckpointKey, checkpoint: Mapping[str, Any]
     ) -> dict[str, SerializedValue]:
-        """The values that a PostgresSaver keeps beside its checkpoints."""
+        """The values that a PostgresSaver stores outside its checkpoints."""
         assert self._blobs is not None
         c, versions = self._blobs.c, checkpoint["channel_versions"]
         criteria = [c.thread_id == key.thread_id, c.checkpoint_ns == key.ns, c.channel.in_(list(versions))]
@@ -158,7 +162,7 @@ class _SaverTables:
     def _unpacked(
         self, stored: SerializedValue, key: CheckpointKey
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, SerializedValue]]:
-        """A SqliteSaver's checkpoint: without its values, the small ones among them, and the others."""
+        """A SqliteSaver's checkpoint in three parts: without its values, the small values, and the other values."""
         checkpoint = self._read(stored, key)
         values = checkpoint.pop("channel_values")
         small = {name: value for name, value in values.items() if is_small(value)}
@@ -173,7 +177,7 @@ class _SaverTables:
     def _read_writes(self, connection: Connection, key: CheckpointKey) -> list[TaskWrite]:
         c = self._writes.c
         value = c.blob if self._has_blobs else c.value
-        path = c.task_path if "task_path" in c else literal("")  # of which old tables know nothing
+        path = c.task_path if "task_path" in c else literal("")  # old tables lack this column
         statement = select(c.task_id, c.idx, c.channel, c.type, value.label("data"), path.label("path")).where(
             c.thread_id == key.thread_id, c.checkpoint_ns == key.ns, c.checkpoint_id == key.id
         )
@@ -195,14 +199,14 @@ class _SaverTables:
         checkpoint: dict[str, Any],
         values: dict[str, SerializedValue],
     ) -> None:
-        """Add what was sent: before version 4 it was read from the writes at the parent."""
+        """Add the pending sends. Before version 4, they are only in the writes at the parent."""
         sends = [write for write in sorted(self._read_writes(connection, parent)) if write.channel == TASKS]
         if sends and TASKS not in values and TASKS not in checkpoint["channel_values"]:
             versions = checkpoint["channel_versions"]
             versions[TASKS] = max(versions.values(), default="1")
             values[TASKS] = self._packed(sends[0].value.type, [self._read(send.value, parent) for send in sends])
 
-    # -- values: as they are stored, unless a serializer of the caller's is to read them -------------------------------
+    # -- values: copied in their stored form, or converted with the caller's serializer --------------------------------
 
     def _value(self, stored: SerializedValue, key: CheckpointKey) -> SerializedValue:
         if self._serde is None:
@@ -216,7 +220,7 @@ class _SaverTables:
         _check_type(stored, key)
         if stored.type == "json":
             return json.loads(stored.data)
-        # What stands for an object stays what it is.
+        # Keep ext values, which stand for objects, as they are.
         return ormsgpack.unpackb(stored.data, ext_hook=ormsgpack.Ext, option=ormsgpack.OPT_NON_STR_KEYS)
 
     def _packed(self, type_: str, value: Any) -> SerializedValue:
@@ -230,6 +234,6 @@ class _SaverTables:
 def _check_type(stored: SerializedValue, key: CheckpointKey) -> None:
     if stored.type not in ("msgpack", "json", "null", "bytes", "bytearray"):
         raise MemstateError(
-            f"checkpoint {key.id} of thread {key.thread_id!r} has a value of type {stored.type!r}: give the "
-            "serializer that reads it, as serde="
+            f"Cannot read checkpoint {key.id} of thread {key.thread_id!r}. It has a value of type {stored.type!r}. "
+            "Pass the serializer that wrote it as serde=."
         )

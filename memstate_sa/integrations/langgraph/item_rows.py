@@ -1,4 +1,4 @@
-"""Items of LangGraph's store as rows: where they are, who sees them, and how long."""
+"""Items of LangGraph's store as rows: their namespaces, their keys and their expiry."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import StoredJson, UTCDateTime, metadata
 from memstate_sa.fact import OwnBase
 
-_END = "\x00"  # which no label has: `item_validation` sees to that
+_END = "\x00"  # `item_validation` refuses labels with this character
 _has_end = text("expires_at IS NOT NULL")
 
 
 class ItemRow(OwnBase):
-    """Row 0 of an item holds its value; each row one text by which the item is found, as a fact has one vector.
+    """One row of an item. A fact has one vector, so an item has one row for each text. Row 0 also has the value.
 
-    All rows change together, so that whoever undoes one of them undoes, or leaves, all. The key is one column, by which
-    rows are found fastest.
+    All rows of an item change together, so an undo affects all of them or none. The primary key is one column, because
+    lookups by one column are fastest.
     """
 
     __tablename__ = "memstate_item"
@@ -88,7 +88,7 @@ kept = Table(
 
 
 def scope_of(namespace: Iterable[str]) -> str:
-    """Hex, because its order is the same in every collation: the rows below a namespace are a range of the index.
+    """The namespace in hex. Hex has the same order in every collation, so a namespace is a range of the index.
 
     Raises UnicodeEncodeError for lone surrogates.
     """
@@ -100,12 +100,12 @@ def namespace_of(scope: str) -> tuple[str, ...]:
 
 
 def _past(scope: str) -> str:
-    """The first scope that is not *scope*, nor below it."""
+    """The first scope after *scope* and all scopes below it."""
     return scope[:-2] + "01"
 
 
 def below(scope: str, row: Any = ItemRow) -> ColumnElement[bool]:
-    """Whether a row is in the namespace *scope*, or below."""
+    """Whether a row is in the namespace *scope* or below it."""
     return and_(row.scope >= scope, row.scope < _past(scope)) if scope else true()
 
 
@@ -114,8 +114,8 @@ def row_id(item: str, n: int) -> str:
 
 
 def item_id(namespace: Iterable[str], key: str) -> str:
-    """A digest of namespace and key. Its length is fixed: it is in every table of ours, and in the index."""
-    # No label is empty, so the first two ends are where the namespace ends, whatever a key has in it.
+    """A hash of namespace and key. Its length is fixed, because all our tables and the index store it."""
+    # No label is empty, so the first two _END in a row mark the end of the namespace, even if the key has others.
     whole = _END.join(namespace) + _END + _END + key
     return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
@@ -124,15 +124,15 @@ def item_id(namespace: Iterable[str], key: str) -> str:
 
 
 def alive(now: Any, row: Any = ItemRow) -> ColumnElement[bool]:
-    """Whether a row has not expired: *now* is a time, or the parameter for it."""
-    of_this = (kept.c.id == row.item, kept.c.of == row.updated_at)
-    read_since = exists(select(literal_column("1")).where(*of_this, kept.c.until > now))
-    return or_(row.expires_at.is_(None), row.expires_at > now, read_since)
+    """Whether a row has not expired. *now* is a time, or a parameter for it."""
+    same_item = (kept.c.id == row.item, kept.c.of == row.updated_at)
+    is_kept = exists(select(literal_column("1")).where(*same_item, kept.c.until > now))
+    return or_(row.expires_at.is_(None), row.expires_at > now, is_kept)
 
 
 _ids = unnest_strings("ids")
 with_ids = ItemRow.id.in_(select(_ids.c.value))
-"""Rows 0 of the items in the parameter ``ids``, made by `as_array`."""
+"""The rows 0 of the items in the parameter ``ids``. `as_array` makes its value."""
 
 heads: Select[Any] = select(
     ItemRow.id,
@@ -149,7 +149,7 @@ living_of_ids = of_ids.where(alive(bindparam("now", type_=UTCDateTime())))
 
 
 def of_heads(criterion: Any) -> ColumnElement[bool]:
-    """Whether *criterion* is true of row 0 of the item that a row belongs to."""
+    """Whether *criterion* is true for row 0 of a row's item."""
     head = aliased(ItemRow)
     return exists(select(literal_column("1")).where(head.id == ItemRow.item, criterion(head)))
 
@@ -160,8 +160,8 @@ _PAGE = 100
 def scopes(session: Session, root: str, now: datetime | None = None, depth: int | None = None) -> Iterator[str]:
     """The scopes of items below *root*, in the order of their namespaces, cut to *depth* labels.
 
-    With *now*, only scopes of items that are alive then. The database goes from scope to scope by one look into the
-    index, however many items have it.
+    With *now*, only scopes of items that are alive then. The database finds each next scope by one index lookup, even
+    if many items share a scope.
     """
     criteria = [ItemRow.n == 0, *([] if now is None else [alive(now)])]
     if root:
@@ -193,29 +193,29 @@ def scopes(session: Session, root: str, now: datetime | None = None, depth: int 
 all_rows: Select[Any] = (
     select(ItemRow)
     .where(ItemRow.item.in_(select(_ids.c.value)))
-    .order_by(ItemRow.id)  # so that two writers cannot wait for each other
-    .with_for_update(of=ItemRow, key_share=True)  # and readers that keep an item need not wait for who puts it
+    .order_by(ItemRow.id)  # one order for all writers prevents deadlocks
+    .with_for_update(of=ItemRow, key_share=True)  # readers that keep an item do not wait for a writer
     .execution_options(populate_existing=True)
 )
 
 
 def expired(connection: Connection, now: datetime, limit: int) -> Sequence[str]:
-    """The ids of up to *limit* items that have expired, locked."""
+    """The ids of up to *limit* expired items. Their rows are locked."""
     over = select(ItemRow.id).where(ItemRow.n == 0, ItemRow.expires_at <= now, not_(alive(now)))
     over = over.order_by(ItemRow.expires_at).limit(limit).with_for_update(of=ItemRow, skip_locked=True)
     ids = connection.scalars(over).all()
-    # A reader may have kept one of them after the statement began, and before it locked the row.
+    # A reader may have kept an item after the statement began, before it locked the row.
     kept_since = living(connection, ids, now) if ids else set()
     return [id_ for id_ in ids if id_ not in kept_since]
 
 
 def living(connection: Connection, ids: Iterable[str], now: datetime) -> set[str]:
-    """The *ids* of items that have not expired."""
+    """The ids among *ids* whose items have not expired."""
     return {row.id for row in connection.execute(living_of_ids, {"ids": as_array(ids), "now": now})}
 
 
 class KeptItem(NamedTuple):
-    """An item as it was put at a time, which lives until another time at least."""
+    """An item that was put at the time *of*, and lives at least until the time *until*."""
 
     id: str
     of: datetime
@@ -223,7 +223,7 @@ class KeptItem(NamedTuple):
 
 
 class ItemSwept(Exception):
-    """Items that were read were deleted before they could be kept: they are to be read again."""
+    """Items were deleted between reading and keeping them. Read them again."""
 
 
 _present_ids = select(ItemRow.id).where(with_ids).order_by(ItemRow.id)
@@ -232,7 +232,7 @@ _lockable_ids = _present_ids.with_for_update(read=True, key_share=True, skip_loc
 
 
 def keep(connection: Connection, items: Collection[KeptItem]) -> None:
-    """Have *items* live longer. Raises Swept, and keeps none, where one is not there any more."""
+    """Let *items* live longer. If one does not exist any more, keep none and raise ItemSwept."""
     if items:
         take_write_lock(connection)
         params = {"ids": as_array({item.id for item in items})}
@@ -240,7 +240,7 @@ def keep(connection: Connection, items: Collection[KeptItem]) -> None:
 
 
 def keep_without_waiting(connection: Connection, items: Collection[KeptItem]) -> None:
-    """`keep`, for a transaction that has written: those who are deleting an item may be waiting for it."""
+    """Do the same as `keep` in a transaction that has written. It must not wait, since a deleter may wait for it."""
     if items:
         params = {"ids": as_array({item.id for item in items})}
         locked_ids = set(connection.scalars(_lockable_ids, params))
@@ -253,7 +253,7 @@ def _keep(connection: Connection, items: Collection[KeptItem], present_ids: set[
     new = database_of(connection).upsert(kept)
     later = new.excluded.until
     new = new.on_conflict_do_update(index_elements=["id", "of"], set_={"until": later}, where=later > kept.c.until)
-    # In an order, so that two readers cannot wait for each other.
+    # One order for all readers prevents deadlocks.
     connection.execute(new, [item._asdict() for item in sorted(items)])
 
 
@@ -261,7 +261,7 @@ _delete_kept = delete(kept).where(kept.c.id == bindparam("the_id"), kept.c.of ==
 
 
 def delete_kept(connection: Connection, until: datetime) -> None:
-    """Delete the rows of items that were kept until then, and no longer."""
+    """Delete the rows of `kept` whose time has passed at *until*."""
     over = select(kept.c.id, kept.c.of).where(kept.c.until <= until).with_for_update(skip_locked=True)
     keys = [{"the_id": id_, "the_of": of} for id_, of in connection.execute(over)]
     if keys:

@@ -1,4 +1,4 @@
-"""Checks of a LangGraph store's operations. Values become JSON that both databases hold."""
+"""Check the operations of a LangGraph store. Values become JSON that both databases can hold."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from memstate_sa.integrations.langgraph.item_rows import ItemRow
 from memstate_sa.tracking.payloads import canonical_text
 
 _MAX_SCOPE = 2000
-"""It is a key of a B-tree, which on PostgreSQL takes about 2,700 bytes."""
+"""A scope is a key of a B-tree, which on PostgreSQL holds about 2,700 bytes."""
 
 _DEPTH = 200
 
 
 class InvalidItem(MemstateError, ValueError):
-    """This is no item, or no search for one; nothing was written."""
+    """The item, or the search for items, is invalid. Nothing was written."""
 
 
 class ItemPut:
-    """A PutOp that was checked: its value is JSON that both databases hold."""
+    """A valid PutOp. Its value is JSON that both databases can hold."""
 
     def __init__(self, op: PutOp, fields: Sequence[str] | None) -> None:
         self.id = item_id(op.namespace, op.key)
@@ -39,18 +39,18 @@ class ItemPut:
         if not op.namespace:
             raise InvalidNamespaceError("Namespace cannot be empty.")
         if not is_text(op.key):
-            raise InvalidItem("key: a string, without NUL or lone surrogates")
+            raise InvalidItem("Invalid key: it must be a string without NUL or lone surrogates.")
         self.key = str.__str__(op.key)
         if not isinstance(op.value, Mapping):
-            raise InvalidItem(f"value: an object, not a {type(op.value).__name__}")
+            raise InvalidItem(f"Invalid value: it must be a dict, not {type(op.value).__name__}.")
         if op.ttl is not None:
             end_of(utcnow(), op.ttl)
         self.scope = scope_of(op.namespace)
         self.value = plain(op.value, "value")
-        self.texts = [*_texts(self.value, fields, op.index)] or [None]  # a row there is in any case
+        self.texts = [*_texts(self.value, fields, op.index)] or [None]  # an item has at least one row
 
     def is_same(self, rows: Sequence[ItemRow]) -> bool:
-        """Whether the item is so already."""
+        """Whether *rows* already hold this item."""
         head = rows[0]
         duration = None if head.expires_at is None else head.expires_at - head.updated_at
         return (
@@ -63,37 +63,40 @@ class ItemPut:
 def wants_results(op: SearchOp | ListNamespacesOp) -> bool:
     """Whether *op* asks for any results. Raises InvalidItem for a limit or an offset below 0."""
     if op.limit < 0 or op.offset < 0:
-        raise InvalidItem(f"limit={op.limit!r}, offset={op.offset!r}: at least 0")
+        raise InvalidItem(f"Invalid limit={op.limit!r} or offset={op.offset!r}: both must be at least 0.")
     return op.limit > 0
 
 
 def end_of(now: datetime, ttl: Any) -> datetime:
     if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not (math.isfinite(ttl) and ttl > 0):
-        raise InvalidItem(f"ttl={ttl!r}: minutes, more than 0")
+        raise InvalidItem(f"Invalid ttl={ttl!r}: it must be a number of minutes, more than 0.")
     try:
         return now + timedelta(minutes=ttl)
     except OverflowError as error:
-        raise InvalidItem(f"ttl={ttl!r}: no time is that late") from error
+        raise InvalidItem(f"Invalid ttl={ttl!r}: the end would be after the year 9999.") from error
 
 
 def fields_of(index: IndexConfig | Literal[False] | None) -> list[str] | None:
-    """The paths to the texts that are embedded; None: nothing is."""
+    """The paths to the texts for embedding. None means that nothing is embedded."""
     if index is False:
         return None
     unknown = sorted(set(index or {}) - {"fields"})
     if unknown:
-        raise MemstateError(f"index={{{unknown[0]!r}: …}}: the Memory has the embedder; give {{'fields': […]}} at most")
+        raise MemstateError(
+            f"Invalid index={{{unknown[0]!r}: …}}: only 'fields' is allowed, because the Memory has the embedder. Use "
+            "{'fields': […]}."
+        )
     return _paths((index or {}).get("fields") or ["$"])
 
 
 def _paths(paths: Any) -> list[str]:
     if not isinstance(paths, (list, tuple)) or not all(isinstance(path, str) for path in paths):
-        raise InvalidItem("index: a list of paths, or False")
+        raise InvalidItem(f"Invalid index={paths!r}: use a list of paths, or False.")
     return list(paths)
 
 
 def _texts(value: Any, fields: Sequence[str] | None, index: Any) -> list[str]:
-    """The texts of a value that are embedded, without duplicates."""
+    """The texts of a value for embedding, without duplicates."""
     if fields is None or index is False:
         return []
     paths = fields if index is None else _paths(index)
@@ -101,15 +104,20 @@ def _texts(value: Any, fields: Sequence[str] | None, index: Any) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text.strip()))
 
 
-def plain(value: Any, what: str, depth: int = 0) -> Any:
-    """A copy of plain JSON types. Raises InvalidItem for what JSONB does not hold: NUL, lone surrogates, NaN."""
+def plain(value: Any, argument: str, depth: int = 0) -> Any:
+    """A copy of *value* in plain JSON types. Raises InvalidItem if JSONB cannot hold it: NUL, lone surrogates, NaN.
+
+    *argument* is the name in the message.
+    """
     if depth > _DEPTH:
-        raise InvalidItem(f"{what}: nested more than {_DEPTH} levels deep")
+        raise InvalidItem(f"Invalid {argument}: it is nested more than {_DEPTH} levels deep.")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         if not is_text(value):
-            raise InvalidItem(f"{what}: a string with NUL or lone surrogates, which JSONB cannot hold")
+            raise InvalidItem(
+                f"Invalid {argument}: it has a string with NUL or lone surrogates, which JSONB cannot hold."
+            )
         return str.__str__(value)
     if isinstance(value, (int, float)):
         try:
@@ -117,19 +125,19 @@ def plain(value: Any, what: str, depth: int = 0) -> Any:
         except OverflowError:
             finite = False
         if not finite:
-            raise InvalidItem(f"{what}: a number that is not finite, or too large")
+            raise InvalidItem(f"Invalid {argument}: it has a number that is not finite, or too large.")
         return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
-            raise InvalidItem(f"{what}: an object whose names are not all strings")
-        return {plain(name, what): plain(inner, what, depth + 1) for name, inner in value.items()}
+            raise InvalidItem(f"Invalid {argument}: it has a dict with a key that is not a string.")
+        return {plain(name, argument): plain(inner, argument, depth + 1) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(inner, what, depth + 1) for inner in value]
-    raise InvalidItem(f"{what}: a {type(value).__name__} is no JSON")
+        return [plain(inner, argument, depth + 1) for inner in value]
+    raise InvalidItem(f"Invalid {argument}: it has a {type(value).__name__}, which is not JSON.")
 
 
 def item_id(namespace: tuple[str, ...], key: Any) -> str:
-    """An item's id. No item has the id of a key that is no string: None must not find what is kept under "None"."""
+    """The id of an item. A key that is not a string matches no item: None must not find the item "None"."""
     _check_labels(namespace)
     return item_rows.item_id(namespace, str.__str__(key) if isinstance(key, str) else f"\x00{key!r}")
 
@@ -141,13 +149,16 @@ def scope_of(namespace: tuple[str, ...]) -> str:
     except UnicodeEncodeError as error:
         raise InvalidNamespaceError("Namespace labels cannot contain lone surrogates.") from error
     if len(scope) > _MAX_SCOPE:
-        raise InvalidNamespaceError(f"A namespace takes at most {_MAX_SCOPE // 2} bytes, one a label included.")
+        raise InvalidNamespaceError(
+            f"Namespace is too long. Its labels in UTF-8, and one byte for each, must have at most {_MAX_SCOPE // 2} "
+            "bytes."
+        )
     return scope
 
 
 def _check_labels(namespace: tuple[str, ...]) -> None:
-    # By ourselves, as not every LangGraph does: it ends a label, so another namespace would be read, and written.
+    # Not every version of LangGraph checks this. A NUL ends a label, so a label with NUL would be another namespace.
     if not isinstance(namespace, (tuple, list)) or not all(isinstance(label, str) and label for label in namespace):
-        raise InvalidNamespaceError("A namespace is a tuple of strings, none of them empty. None is no label.")
+        raise InvalidNamespaceError("Namespace must be a tuple of strings. None and empty strings are not labels.")
     if any("\x00" in label for label in namespace):
         raise InvalidNamespaceError("Namespace labels cannot contain NUL.")

@@ -1,4 +1,4 @@
-"""The namespaces of a store, listed by conditions on their labels."""
+"""List the namespaces of a store by conditions on their labels."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from memstate_sa.integrations.langgraph.item_validation import InvalidItem, scop
 
 
 def list_namespaces(session: Session, op: ListNamespacesOp, now: datetime | None) -> list[tuple[str, ...]]:
-    """The namespaces that *op* asks for: those of items that are alive *now*, or with None of all items."""
+    """The namespaces for *op* with items that are alive *now*. None includes expired items."""
     if not wants_results(op):
         return []
     if op.max_depth is not None and op.max_depth < 1:
-        raise InvalidItem(f"max_depth={op.max_depth!r}: at least 1")
+        raise InvalidItem(f"Invalid max_depth={op.max_depth!r}: it must be at least 1.")
     conditions = op.match_conditions or ()
     for condition in conditions:
         if condition.match_type not in ("prefix", "suffix"):
-            raise InvalidItem(f"match_type={condition.match_type!r}: 'prefix' or 'suffix'")
+            raise InvalidItem(f"Invalid match_type={condition.match_type!r}: use 'prefix' or 'suffix'.")
     prefix = max(map(_plain_prefix, conditions), key=len, default=())
-    # Where the range says all, what is deeper than what is returned need not be looked at.
+    # If the range expresses all conditions, the database can cut namespaces at max_depth.
     is_range = all(_plain_prefix(other) == other.path == prefix[: len(other.path)] for other in conditions)
     depth = op.max_depth if is_range and op.max_depth is not None and len(prefix) <= op.max_depth else None
     namespaces: dict[tuple[str, ...], None] = {}
@@ -36,7 +36,7 @@ def list_namespaces(session: Session, op: ListNamespacesOp, now: datetime | None
 
 
 def _plain_prefix(condition: MatchCondition) -> tuple[str, ...]:
-    """The labels with which all namespaces begin that fit."""
+    """The labels with which every matching namespace begins."""
     if condition.match_type != "prefix":
         return ()
     path = tuple(condition.path)

@@ -1,13 +1,14 @@
-"""A node's transaction: what its `step` writes to the application's tables, open until its writes are saved.
+"""The transaction of a node's `step`, which stays open until LangGraph saves the node's writes.
 
-Both commit together, so neither a crash nor a failed save leaves one without the other. Four rules make the order one
-that a crash cannot turn into a lost or a doubled effect:
+The changes of the step and the writes commit together. So a crash or a failed save never leaves one without the other.
+Four rules prevent lost and doubled effects after a crash:
 
-- a task's Session begins when the checkpoint that it runs at is saved (else a crash would have it run again, as
-  another task, at another checkpoint);
-- it commits in the transaction of the task's writes, or rolls back when the task will run again;
-- where the task leaves its graph by a Command to a parent, the writes are those of the parent's task;
-- the next checkpoint is saved when all of them have (else it would say of a task that it is done).
+1. A task's Session begins after the checkpoint at which the task runs is saved. Otherwise the work would run again
+   after a crash, as another task at another checkpoint.
+2. The Session commits in the transaction that saves the task's writes. It rolls back if the task will run again.
+3. If the task leaves its graph by a Command to a parent, the Session commits with the writes of the parent's task.
+4. The next checkpoint is saved after all these transactions have committed. Otherwise it would record a task as done
+   whose changes can still be lost.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 
 class Task(NamedTuple):
-    """A task, the checkpoint that it runs at, and the attempt at it: the *number*th of a *run*, which is an object.
+    """One attempt at a task that runs at a checkpoint: the *number*-th attempt of a *run*, which is an object.
 
-    *path* names the task and all tasks around it, as LangGraph's ``checkpoint_ns`` does.
+    *path* names the task and all tasks around it, like LangGraph's ``checkpoint_ns``.
     """
 
     checkpoint: CheckpointKey
@@ -46,52 +47,55 @@ class Task(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str]:
-        """Its thread and its id."""
+        """The task's thread and id."""
         return self.checkpoint.thread_id, self.id
 
     def is_attempt(self, other: Task) -> bool:
-        """Whether the two are of the same attempt."""
+        """Whether both are the same attempt."""
         return self.run is other.run and self.number == other.number
 
     def is_around(self, thread_id: str, path: str) -> bool:
-        """Whether *path* is this task's, or one inside of it."""
+        """Whether *path* belongs to this task, or is inside it."""
         return self.checkpoint.thread_id == thread_id and f":{self.id}" in path
 
     @property
     def depth(self) -> int:
-        """How many tasks are around it."""
+        """The number of tasks around this one."""
         return self.path.count("|")
 
 
 class StepLifetime:
-    """A step that nothing settles ends with *graph*, the object that runs it. `Execution` knows more of its task."""
+    """The lifetime of a step. It ends at the latest with *graph*, the object that runs its task.
+
+    The subclass `Execution` knows more about the task.
+    """
 
     def __init__(self, graph: Any) -> None:
         self.graph = graph
 
     def waiting(self) -> AbstractContextManager[None]:
-        """The context in which a thread of the graph waits."""
+        """The context for a thread of the graph that waits."""
         return nullcontext()
 
     def watch(self, steps: StepCoordinator, task: Task) -> None:
-        """Report to *steps* how the task ends, where LangGraph does not."""
+        """Report the end of the task to *steps*, in the cases that LangGraph does not report."""
 
 
 class NodeTransaction:
-    """The open transaction of a task. It waits for a permit, then all ``with step():`` blocks of the task share it."""
+    """The open transaction of a task. First it waits for a permit. All ``with step():`` blocks of the task share it."""
 
     def __init__(self, task: Task, session: Session, semaphore: FairSemaphore, changed: threading.Condition) -> None:
         self.task, self.session = task, session
-        self.settling_task = task  # whose writes it commits with
+        self.settling_task = task  # the task whose save commits this transaction
         self.semaphore, self.permit = semaphore, semaphore.request()
-        self.lock = threading.RLock()  # tools of one node run in threads: one at a time has the Session
+        self.lock = threading.RLock()  # tools of one node run in threads, and one at a time uses the Session
         self.block_count = 0
         self.is_abandoned = False
-        self.left_graph: str | None = None  # the graph that the task left, and that has to end before it is settled
+        self.left_graph: str | None = None  # the graph that the task left; it must end before this commits
         self.finalizer: Any = None
         self._changed = changed
         self._postponed_saves: list[Callable[[], None]] | None = []
-        self._driver: Any = None  # SQLite's connection, whose state may be read in any thread
+        self._driver: Any = None  # SQLite's connection; every thread may read its state
 
         @event.listens_for(session, "after_begin")
         def _keep_driver(_: Session, __: SessionTransaction, connection: Connection) -> None:
@@ -100,7 +104,8 @@ class NodeTransaction:
 
         @event.listens_for(session, "after_transaction_end")
         def _drop_driver(_: Session, transaction: SessionTransaction) -> None:
-            if transaction.parent is None:  # by hand, too: the connection may be another's now
+            # This also handles a commit by the application. Another Session may use the connection afterwards.
+            if transaction.parent is None:
                 self._driver = None
 
     @property
@@ -108,32 +113,33 @@ class NodeTransaction:
         return bool(getattr(self._driver, "in_transaction", False))
 
     def blocks_save(self, thread_id: str, ns: str) -> bool:
-        """Whether a save of the graph *ns* might have to wait for this transaction, and this for the save."""
+        """Whether a save of the graph *ns* and this transaction might have to wait for each other."""
         task = self.settling_task
         if task.checkpoint.thread_id != thread_id or task.is_around(thread_id, ns) or self._postponed_saves is None:
             return False
-        # Elsewhere in the run, a save takes a thread that the step may need to end. In its graph, the graph cannot end.
+        # A save in another graph of the run takes a thread that the step may need to end. A save in the step's own
+        # graph prevents the graph from ending.
         writes = self.block_count > 0 or self.has_the_only_writer
         return self.permit.done() and (writes or _is_inside(ns, task.checkpoint.ns))
 
     def waits_for_graph_of(self, task: Task) -> bool:
-        """Whether this waits for the end of a graph that *task* is in."""
+        """Whether this transaction waits for the end of a graph that contains *task*."""
         same_thread = self.settling_task.checkpoint.thread_id == task.checkpoint.thread_id
         return same_thread and self.left_graph is not None and _is_inside(task.checkpoint.ns, self.left_graph)
 
     def postpone(self, save: Callable[[], None]) -> None:
-        """Call *save* when this has ended."""
+        """Call *save* when this transaction has ended."""
         assert self._postponed_saves is not None
         self._postponed_saves.append(save)
 
     @contextmanager
     def block(self) -> Iterator[Session]:
-        """The Session, for one block of the task. A block that fails takes back what it wrote."""
+        """The Session for one block of the task. If the block fails, its changes are rolled back."""
         try:
             with self._locked_block() as session:
                 yield session
         finally:
-            if self.is_abandoned:  # perhaps after the block has looked, and before it let go of the lock
+            if self.is_abandoned:  # perhaps since the check in `_locked_block`, while it still had the lock
                 self.abandon()
 
     @contextmanager
@@ -143,10 +149,10 @@ class NodeTransaction:
             try:
                 if self.block_count == 1:
                     yield self.session
-                else:  # what came before stays when this fails
+                else:  # a savepoint, so that earlier changes stay if this block fails
                     with self.session.begin_nested():
                         yield self.session
-                self.session.flush()  # what is wrong with it is the task's own error
+                self.session.flush()  # raise errors of the changes here, in the task
             except BaseException:
                 if self.is_abandoned:
                     self.close()
@@ -157,11 +163,11 @@ class NodeTransaction:
             if self.is_abandoned:
                 self.close()
                 raise MemstateError(
-                    "this task has ended, or was given up and runs again: what it wrote here is rolled back"
+                    "The changes of this step are rolled back: this task has ended, or it was given up and runs again."
                 )
 
     def abandon(self) -> None:
-        """Roll back now, or when the thread that is in it leaves."""
+        """Roll back now, or when the thread inside a block leaves it."""
         self.is_abandoned = True
         if self.lock.acquire(blocking=False):
             try:
@@ -170,19 +176,19 @@ class NodeTransaction:
                 self.lock.release()
 
     def abandon_from_anywhere(self) -> None:
-        """Do as `abandon` does; where an event loop runs, in another thread."""
+        """Do the same as `abandon`, but in another thread if an event loop runs in this one."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             self.abandon()
-        else:  # which must not wait for the database
+        else:  # an event loop must not wait for the database
             _thread.start_new_thread(self.abandon, ())
 
     def close(self) -> None:
-        """Return its connection and its permit. Then run the saves that waited for this."""
+        """Return the connection and the permit. Then run the postponed saves."""
         if self.finalizer is not None:
             self.finalizer.detach()
-        self.is_abandoned = True  # a thread that comes to it later would begin another transaction, which nobody ends
+        self.is_abandoned = True  # otherwise a late thread would begin another transaction, which would never end
         try:
             self.session.close()
         finally:
@@ -194,7 +200,7 @@ class NodeTransaction:
         with self._changed:
             if self._postponed_saves:
                 return self._postponed_saves.pop(0)
-            self._postponed_saves = None  # what comes now has not to wait any longer
+            self._postponed_saves = None  # later saves need not wait
             return None
 
 

@@ -1,6 +1,6 @@
-"""The classes that values in a graph's state may have: those that its schemas name, and those in ``allow=``.
+"""The classes that are allowed in a graph's state: the classes in its schemas, and the classes in ``allow=``.
 
-LangGraph's serializer returns a dict or a string for a value whose class is not allowed. Ours raises.
+For a value of another class, LangGraph's serializer returns a dict or a string. Ours raises an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing_extensions import is_typeddict
 from memstate_sa.errors import MemstateError
 
 Name = tuple[str, ...]
-"""A class's module and name, as LangGraph stores them with a value."""
+"""The module and the name of a class. LangGraph stores them with a value."""
 
 _OPTIONS = ormsgpack.OPT_NON_STR_KEYS
 _BY_KEYWORDS, _BY_METHOD = jsonplus.EXT_CONSTRUCTOR_KW_ARGS, jsonplus.EXT_METHOD_SINGLE_ARG
@@ -36,25 +36,25 @@ _MODELS = (jsonplus.EXT_PYDANTIC_V1, jsonplus.EXT_PYDANTIC_V2)
 
 
 class StateSerializer(JsonPlusSerializer):
-    """LangGraph's msgpack, which builds classes that are allowed and raises MemstateError for a value of another."""
+    """LangGraph's msgpack serializer, restricted to allowed classes. Raises MemstateError for other classes."""
 
     def __init__(self, allow: Iterable[Any] = ()) -> None:
-        """*allow* holds classes, and schemas: these stand for all classes that their fields name."""
+        """*allow* holds classes and schemas. A schema stands for all classes in its fields."""
         super().__init__(allowed_msgpack_modules=None)
         annotations = [*allow, SecretStr, SecretBytes]
-        # None: a class that is known by its name alone, and imported when a value of it is read.
+        # None means that only the name is known. The class is imported when a value is read.
         self._known: dict[Name, type[Any] | None] = {_name(cls): cls for cls in annotations if isinstance(cls, type)}
         self._known.update(named_by(annotations))
         self._graphs: WeakSet[Any] = WeakSet()
 
     def learn(self, graph: Any) -> None:
-        """Allow the classes that the schemas of *graph* name."""
+        """Allow the classes in the schemas of *graph*."""
         if graph not in self._graphs:
             self._known.update(named_by(_schemas(graph)))
             self._graphs.add(graph)
 
     def with_msgpack_allowlist(self, extra_allowlist: Iterable[Name | type]) -> JsonPlusSerializer:
-        """Allow these as well: this serializer does from now on, so a checkpointer stays the one that it was."""
+        """Allow further classes in this serializer. It returns itself, so the checkpointer keeps its serializer."""
         for name_or_class in extra_allowlist:
             if isinstance(name_or_class, type):
                 self._known[_name(name_or_class)] = name_or_class
@@ -65,18 +65,18 @@ class StateSerializer(JsonPlusSerializer):
     def loads_typed(self, data: tuple[str, bytes]) -> Any:
         if data[0] != "msgpack":
             return super().loads_typed(data)
-        errors: list[Exception] = []  # ormsgpack raises another one in their place
+        errors: list[Exception] = []  # ormsgpack would replace them by its own
         try:
             return ormsgpack.unpackb(data[1], ext_hook=partial(self._unpacked, errors), option=_OPTIONS)
         except ValueError:
             if errors:
-                raise errors[0]  # noqa: B904  # the first one knows why, and has its own cause
+                raise errors[0]  # noqa: B904  # the first error has the reason, and its own cause
             raise
 
     def _unpacked(self, errors: list[Exception], code: int, data: bytes) -> Any:
         if code == jsonplus.EXT_NUMPY_ARRAY:
             return self._unpack_ext_hook(code, data)
-        # An error in here has been noted already, where it arose.
+        # Outside the try: a nested call has already added its error.
         content = ormsgpack.unpackb(data, ext_hook=partial(self._unpacked, errors), option=_OPTIONS)
         if code == jsonplus.EXT_DELTA_SNAPSHOT:
             return _DeltaSnapshot(content)
@@ -90,7 +90,7 @@ class StateSerializer(JsonPlusSerializer):
             raise
 
     def _reviver(self, value: dict[str, Any]) -> Any:
-        """JSON is how LangGraph stored values before msgpack."""
+        """Build an object from JSON, which LangGraph used before msgpack."""
         *module, class_name = value.get("id") or ("",)
         name = (".".join(module), class_name)
         is_object = value.get("lc") == 2 and value.get("type") == "constructor"
@@ -103,8 +103,8 @@ class StateSerializer(JsonPlusSerializer):
     def _allowed(self, name: Name) -> Any:
         if name not in self._known and name not in SAFE_MSGPACK_TYPES:
             raise MemstateError(
-                f"Cannot read a value of the graph's state: its class {'.'.join(name)} is not allowed. No schema of "
-                f"the graph names it. Pass the class to the checkpointer: allow=[{name[-1]}]."
+                f"Cannot read a value of the graph's state: its class {'.'.join(name)} is not allowed. It is in no "
+                f"schema of the graph. Pass the class to the checkpointer: allow=[{name[-1]}]."
             )
         return self._known.get(name) or _imported(name)
 
@@ -116,7 +116,7 @@ def _imported(name: Name) -> Any:
     except (ImportError, AttributeError) as error:
         raise MemstateError(
             f"Cannot read a value of the graph's state: its class {module}.{class_name} does not exist any more. "
-            "Define it again there, by an alias for example."
+            "Define it there again, for example as an alias."
         ) from error
 
 
@@ -125,10 +125,10 @@ def _explained(name: Name) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Without the error's own text, which may show what was stored.
+        # Leave the error's own text out, because it may show the stored value.
         raise MemstateError(
-            f"Cannot read a value of the graph's state: {'.'.join(name)} does not accept what was stored "
-            f"({type(error).__name__}). Change the class so that it does."
+            f"Cannot read a value of the graph's state: {'.'.join(name)} does not accept the stored value "
+            f"({type(error).__name__}). Change the class so that it accepts it."
         ) from error
 
 
@@ -147,9 +147,9 @@ def _built(cls: Any, code: int, stored: Any, method: str | None) -> Any:
 
 
 def _model(cls: Any, stored: Any) -> Any:
-    """A model, as its fields were: what was valid when it was stored may not be valid now."""
+    """A model with the stored fields, without validation if they are not valid any more."""
     try:
-        return cls(**stored) if isinstance(stored, Mapping) else cls.model_validate(stored)  # the latter a RootModel
+        return cls(**stored) if isinstance(stored, Mapping) else cls.model_validate(stored)  # a RootModel
     except (ValidationError, ValueError, TypeError):
         if not isinstance(stored, Mapping):
             raise
@@ -157,7 +157,7 @@ def _model(cls: Any, stored: Any) -> Any:
 
 
 def _dataclass(cls: Any, stored: Mapping[str, Any]) -> Any:
-    """A dataclass, also where ``__init__`` does not take each of its fields."""
+    """A dataclass, even if ``__init__`` does not take all its fields."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     instance = cls(**{name: value for name, value in stored.items() if name not in fields or fields[name].init})
     for name, value in stored.items():
@@ -166,7 +166,7 @@ def _dataclass(cls: Any, stored: Mapping[str, Any]) -> Any:
     return instance
 
 
-# -- what a graph's schemas name --------------------------------------------------------------------------------------
+# -- classes in a graph's schemas -------------------------------------------------------------------------------------
 
 
 def _schemas(graph: Any) -> Iterator[Any]:
@@ -174,7 +174,7 @@ def _schemas(graph: Any) -> Iterator[Any]:
         yield from (getattr(channel, name, None) for name in ("ValueType", "UpdateType"))
     yield getattr(graph, "context_schema", None)
     builder = getattr(graph, "builder", None)
-    if builder is None:  # of an entrypoint, whose channels may have the annotations as strings
+    if builder is None:  # an entrypoint, whose channels may have annotations as strings
         for node in graph.nodes.values():
             bound = getattr(node, "bound", None)
             yield from _hints(getattr(bound, "func", None) or getattr(bound, "afunc", None))
@@ -185,7 +185,7 @@ def _schemas(graph: Any) -> Iterator[Any]:
 
 
 def named_by(annotations: Iterable[Any]) -> dict[Name, type[Any]]:
-    """The classes that *annotations* name, directly or by their fields, and that stand for plain data."""
+    """The data classes in *annotations*, and in the fields of these classes."""
     classes: dict[Name, type[Any]] = {}
     seen: set[Any] = set()
     stack = list(annotations)
@@ -195,7 +195,7 @@ def named_by(annotations: Iterable[Any]) -> dict[Name, type[Any]]:
             if annotation in seen:
                 continue
             seen.add(annotation)
-        except TypeError:  # Annotated, with something that has no hash
+        except TypeError:  # Annotated with an unhashable object
             pass
         if isinstance(annotation, type) and _is_data(annotation):
             classes[_name(annotation)] = annotation
@@ -221,10 +221,10 @@ def _is_model(cls: type[Any]) -> bool:
 
 
 def _parts(annotation: Any) -> Iterable[Any]:
-    """The annotations that *annotation* is made of."""
+    """The annotations inside *annotation*."""
     if isinstance(annotation, TypeVar):
         return (annotation.__bound__, *annotation.__constraints__)
-    for alias in ("__value__", "__supertype__"):  # of `type X = …`, and of a NewType
+    for alias in ("__value__", "__supertype__"):  # `type X = …` and NewType
         if hasattr(annotation, alias):
             return (getattr(annotation, alias),)
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -241,19 +241,19 @@ def _parts(annotation: Any) -> Iterable[Any]:
     if issubclass(annotation, BaseModel):
         return [field.annotation for field in annotation.model_fields.values()]
     if _is_model(annotation):
-        return [field.outer_type_ for field in getattr(annotation, "__fields__").values()]  # noqa: B009  # of Pydantic 1
+        return [field.outer_type_ for field in getattr(annotation, "__fields__").values()]  # noqa: B009  # Pydantic 1
     return _hints(annotation) if _is_data(annotation) or is_typeddict(annotation) else ()
 
 
 def _hints(annotated: Any) -> Iterable[Any]:
     try:
         return get_type_hints(annotated, include_extras=True).values()
-    except Exception:  # noqa: BLE001  # a name that exists only for type checkers: reading such a value says what to do
+    except Exception:  # noqa: BLE001  # e.g. a name that only type checkers know
         return ()
 
 
 def _with_learning(apply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """LangGraph's *apply*, after which the serializer of the checkpointer knows the graph's schemas."""
+    """LangGraph's *apply*, which also teaches the checkpointer's serializer the graph's schemas."""
 
     @wraps(apply)
     def apply_and_learn(graph: Any, checkpointer: Any) -> Any:
@@ -266,9 +266,9 @@ def _with_learning(apply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any
     return apply_and_learn
 
 
-# LangGraph gives a checkpointer the graph's schemas only where all checkpointers of the process are strict, by
-# LANGGRAPH_STRICT_MSGPACK. Each graph gets its checkpointer by this method, so we learn of the graph here. Without the
-# method we learn of none, and reading a value says what to pass as allow=.
+# LangGraph passes the graph's schemas to a checkpointer only with LANGGRAPH_STRICT_MSGPACK, which makes all
+# checkpointers of the process strict. But each graph gets its checkpointer by this method, so we see the graph here. If
+# a version of LangGraph lacks the method, reading a value raises an error that tells what to pass as allow=.
 _METHOD = "_apply_checkpointer_allowlist"
 if hasattr(Pregel, _METHOD):
     setattr(Pregel, _METHOD, _with_learning(getattr(Pregel, _METHOD)))

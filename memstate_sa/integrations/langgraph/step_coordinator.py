@@ -1,4 +1,4 @@
-"""The order of a graph's steps and saves: which of them wait, and for what."""
+"""Coordinate the steps and saves of a graph: decide which of them must wait for others."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from memstate_sa.integrations.langgraph.node_transactions import NodeTransaction
 from memstate_sa.runtime import forks
 
 _REMEMBERED = 4096
-"""How many saved checkpoints are known without asking the database."""
+"""The number of saved checkpoints to remember, which saves queries."""
 _ANY_RUN = object()
 
 
 class StepCoordinator:
     """The open steps of one checkpointer. Thread-safe.
 
-    *room* is how many connections there are. A step has one until its node returns, so some are left for what nodes do
-    meanwhile: half of them may be had by the steps of a graph, half of the rest by those of its subgraphs, and so on.
-    As steps wait for those of a graph further in alone, they never wait in a circle.
+    *room* is the number of connections. A step has one until its node returns, so steps must leave some for other work
+    of the nodes. The steps of a graph get half of them, the steps of its subgraphs half of the rest, and so on. A step
+    waits only for steps of inner graphs, so steps never wait in a circle.
 
-    Where there is one connection that writes, a save of a graph that a step is open in would wait for the step, and
-    the step, if it leaves the graph by a Command, for the save. So it is postponed until the step has ended.
+    With only one writing connection, a save in a graph with an open step would wait for the step. If the step leaves
+    the graph by a Command, it would wait for the save. So the save is postponed until the step has ended.
     """
 
     def __init__(self, sessions: Callable[[], Session], timeout_s: float, room: int = 1) -> None:
@@ -43,22 +43,22 @@ class StepCoordinator:
         forks.in_child(self, StepCoordinator._forked)
 
     def _forked(self) -> None:
-        """Begin without steps and locks: those are of the parent's threads."""
+        """Start without steps and locks, because they belong to the parent's threads."""
         for transaction in (*self._open.values(), *self._committing):
             forks.leave_to_parent(transaction)
         self._reset()
 
     def _reset(self) -> None:
-        self._semaphores: dict[int, FairSemaphore] = {}  # by how far in
+        self._semaphores: dict[int, FairSemaphore] = {}  # by depth
         self._changed = threading.Condition()
         self._open: dict[tuple[str, str], NodeTransaction] = {}  # by thread and task
         self._committing: list[NodeTransaction] = []
         self._saved: OrderedDict[CheckpointKey, None] = OrderedDict()
         self._writer = threading.Lock()
-        self._saving: Counter[str] = Counter()  # saves that have begun, by thread
-        self._postponed: Counter[tuple[str, str]] = Counter()  # checkpoints that are saved later, by thread and graph
-        self._broken: dict[tuple[str, str], BaseException] = {}  # by thread and graph, for those who wait
-        # The same, and the run that failed: no checkpoint of it may be saved, even after another run has begun.
+        self._saving: Counter[str] = Counter()  # running saves, by thread
+        self._postponed: Counter[tuple[str, str]] = Counter()  # postponed saves of checkpoints, by thread and graph
+        self._broken: dict[tuple[str, str], BaseException] = {}  # errors for waiting threads, by thread and graph
+        # The same errors, with the failed run. No checkpoint of that run may be saved, even after another run begins.
         self._lost: OrderedDict[tuple[str, str], tuple[BaseException, object]] = OrderedDict()
 
     def session(self) -> Session:
@@ -73,9 +73,9 @@ class StepCoordinator:
                 self._broken.pop((thread_id, ns), None)
                 if self._lost.get((thread_id, ns), (None, None))[1] is _ANY_RUN:
                     del self._lost[thread_id, ns]
-        if self._postponed[thread_id, ns]:  # or it would begin with an earlier checkpoint than the latest
+        if self._postponed[thread_id, ns]:  # wait, so that the run begins with the latest checkpoint
             with self._changed:
-                self._wait(lambda: not self._postponed[thread_id, ns], lambda: None, "a checkpoint is not saved yet")
+                self._wait(lambda: not self._postponed[thread_id, ns], lambda: None, "A checkpoint is not saved yet")
 
     def checkpoint_saved(self, key: CheckpointKey) -> None:
         with self._changed:
@@ -85,7 +85,7 @@ class StepCoordinator:
             self._changed.notify_all()
 
     def save_failed(self, thread_id: str, ns: str, error: BaseException, run: object) -> None:
-        """No later checkpoint of the *run* may be saved, and what waits for one need not wait any longer."""
+        """Refuse later checkpoints of the *run*, and wake the threads that wait for one."""
         with self._changed:
             self._broken[thread_id, ns] = error
             self._lost[thread_id, ns] = error, run
@@ -94,20 +94,20 @@ class StepCoordinator:
             self._changed.notify_all()
 
     def check_around(self, thread_id: str, path: str) -> None:
-        """Raise where *path*, of a task or a graph, could write nothing before a node returns that is around it."""
+        """Raise an error if a node around *path* (of a task or a graph) has SQLite's writer until it returns."""
         if not self._open:
             return
         with self._changed:
             around = [step for step in self._open.values() if step.settling_task.is_around(thread_id, path)]
         if any(transaction.has_the_only_writer for transaction in around):
             raise MemstateError(
-                "SQLite has one writer. A step of this node, or of a node that called this graph, has it until that "
-                "node returns. Write in the same step or before it, call the subgraph before it, or compile that with "
-                "checkpointer=False"
+                "Cannot write: SQLite has one writer. A step of this node, or of a node that called this graph, has it "
+                "until that node returns. Write in the same step or before it. Call the subgraph before the step, or "
+                "compile it with checkpointer=False."
             )
 
     def wait_for_tasks(self, thread_id: str, ns: str, checkpoint_id: str | None, run: object) -> None:
-        """Return when no task that ran at a checkpoint has its writes still uncommitted; raise if some are lost."""
+        """Wait until all tasks that ran at a checkpoint have committed their writes. Raise if some are lost."""
         if not (self._open or self._committing or self._lost):
             return
 
@@ -121,25 +121,27 @@ class StepCoordinator:
             return error if of_run is _ANY_RUN or (of_run is run and run is not None) else None
 
         with self._changed:
-            self._wait(are_settled, failure, "a task of the step before has not saved its writes")
+            self._wait(are_settled, failure, "A task of the previous superstep has not saved its writes")
 
-    def _wait(self, is_done: Callable[[], bool], failure: Callable[[], BaseException | None], why: str) -> None:
+    def _wait(self, is_done: Callable[[], bool], failure: Callable[[], BaseException | None], problem: str) -> None:
         deadline = time.monotonic() + self._timeout_s
         while True:
             if (error := failure()) is not None:
                 if isinstance(error, MemstateError):
                     raise error
-                raise MemstateError(f"an earlier save of this run failed: {type(error).__name__}") from error
+                raise MemstateError(
+                    f"Cannot save: an earlier save of this run failed with {type(error).__name__}."
+                ) from error
             if is_done():
                 return
             if not self._changed.wait(deadline - time.monotonic()) and time.monotonic() > deadline:
-                raise MemstateError(f"{why}, for {self._timeout_s:g} s")
+                raise MemstateError(f"{problem} after {self._timeout_s:g} s.")
 
     # -- saves -----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def saving(self, thread_id: str) -> Iterator[None]:
-        """A save of the thread is under way. A step that would block it begins to write when it has ended."""
+        """Mark a save of the thread as running. A step that could block the save waits for its end before it writes."""
         with self._changed:
             self._saving[thread_id] += 1
         try:
@@ -155,7 +157,7 @@ class StepCoordinator:
             self._changed.notify_all()
 
     def save(self, thread_id: str, ns: str, run: object, job: Callable[[], None], *, checkpoint: bool = False) -> None:
-        """Do *job*, which saves something of the graph *ns*: now, or when the step that blocks it has ended."""
+        """Run *job*, a save of the graph *ns*: now, or after the step that blocks it."""
         with self._changed:
             blocking_step = self._blocking_step(thread_id, ns)
             if blocking_step is None:
@@ -172,7 +174,7 @@ class StepCoordinator:
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        """Have saves wait here where one connection writes: in the pool, each would keep another connection."""
+        """With one writing connection, let saves wait here. In the pool, each waiting save would use a connection."""
         if self._room > 1:
             yield
             return
@@ -189,7 +191,7 @@ class StepCoordinator:
         try:
             with self.explaining_busy_errors():
                 job()
-        except BaseException as error:  # noqa: BLE001  # it is raised in whatever saves, or waits, after this
+        except BaseException as error:  # noqa: BLE001  # later saves and waits raise it
             self.save_failed(thread_id, ns, error, run)
         finally:
             with self._changed:
@@ -211,7 +213,7 @@ class StepCoordinator:
 
     @contextmanager
     def explaining_busy_errors(self) -> Iterator[None]:
-        """Say who has SQLite's writer, where the driver says that it is locked."""
+        """If the driver reports a locked SQLite database, raise an error that names the owner of the lock."""
         try:
             yield
         except DBAPIError as error:
@@ -225,8 +227,8 @@ class StepCoordinator:
             threads = {step.task.checkpoint.thread_id for step in transactions if step.has_the_only_writer}
         owner = f"A step of thread {min(threads)!r}" if threads else "Another connection"
         return MemstateError(
-            f"Cannot write: SQLite has one writer, and it was not free in time. {owner} has it. Let nodes return "
-            "soon after they have written in a step, or use PostgreSQL"
+            f"Cannot write: SQLite has one writer, and it was not free in time. {owner} has it. Let nodes return soon "
+            "after they write in a step, or use PostgreSQL."
         )
 
     # -- tasks -----------------------------------------------------------------------------------------------------
@@ -235,9 +237,9 @@ class StepCoordinator:
     def step(
         self, task: Task, is_saved: Callable[[CheckpointKey], bool], lifetime: StepLifetime
     ) -> Iterator[tuple[Session, bool]]:
-        """The Session of *task*, and whether this is its first use of it.
+        """The Session of *task*, and whether this is the first block that uses it.
 
-        *lifetime* lasts as long as something may settle it: a run that is cancelled, or times out, says nothing.
+        The step ends at the latest with *lifetime*, because a cancelled run, or one with a timeout, does not report it.
         """
         transaction = self.begin(task, is_saved, lifetime)
         if not transaction.permit.done():
@@ -250,7 +252,7 @@ class StepCoordinator:
             yield session, transaction.block_count == 1
 
     def begin(self, task: Task, is_saved: Callable[[CheckpointKey], bool], lifetime: StepLifetime) -> NodeTransaction:
-        """The transaction of *task*, which `step` enters. Its permit has to be waited for first."""
+        """The transaction of *task*. Wait for its permit before `step` enters it."""
         self.check_around(task.checkpoint.thread_id, task.path.rpartition("|")[0])
         if (open_transaction := self.find(task)) is not None:
             return open_transaction
@@ -270,7 +272,7 @@ class StepCoordinator:
     def _end_with(self, transaction: NodeTransaction, lifetime: StepLifetime) -> None:
         if transaction.finalizer is not None:
             transaction.finalizer.detach()
-        # In a thread, as a finalizer may run anywhere, and must not wait; by the call that takes no lock.
+        # A finalizer may run anywhere and must not wait, so use a thread. start_new_thread takes no lock.
         start, task = _thread.start_new_thread, transaction.task
         transaction.finalizer = weakref.finalize(lifetime.graph, start, self.give_up, (task,))
         transaction.finalizer.atexit = False
@@ -282,35 +284,35 @@ class StepCoordinator:
         return transaction if transaction is not None and transaction.task.is_attempt(task) else None
 
     async def wait_for_permit(self, transaction: NodeTransaction) -> None:
-        """Return when *transaction* may begin; it has no connection yet. Raises MemstateError when nothing moves."""
+        """Wait until *transaction* may begin. It has no connection yet. Raises MemstateError after the timeout."""
         await transaction.semaphore.wait(transaction.permit, self._timeout_s)
 
     def _semaphore_at(self, depth: int) -> FairSemaphore:
         return self._semaphores.setdefault(depth, FairSemaphore(max(1, self._room >> (depth + 1)), self._changed))
 
     def _wait_for_saves(self, thread_id: str) -> None:
-        """Wait for the saves that began before the step: they would wait for it, and it perhaps for them."""
+        """Wait for earlier saves before the step writes. Otherwise they would wait for it, and it perhaps for them."""
         with self._changed:
-            why = "a save of this thread that began before the step has not ended"
-            self._wait(lambda: not self._saving[thread_id], lambda: None, why)
+            problem = "A save of this thread that began before the step has not ended"
+            self._wait(lambda: not self._saving[thread_id], lambda: None, problem)
 
-    # -- how tasks end ---------------------------------------------------------------------------------------------
+    # -- the end of tasks ------------------------------------------------------------------------------------------
 
     def give_up(self, task: Task) -> None:
-        """Roll back what is open of an attempt that nothing will settle. Its run saves nothing more."""
+        """Roll back the step of an attempt that will not be saved. The run may save no more checkpoints."""
         with self._changed:
             transaction = self.find(task)
             if transaction is None:
                 return
-            # Whoever has caught the cancellation, and goes on, must not get away with what was written before it. Said
-            # first: others look without the lock whether there is something.
-            error = MemstateError("a task was cancelled while its step was open")
+            # A run that catches the cancellation and continues must not save a state without the lost changes. Record
+            # the failure before removing the step, because other threads check for open steps without the lock.
+            error = MemstateError("Cannot save: a task was cancelled while its step was open.")
             self.save_failed(task.checkpoint.thread_id, transaction.settling_task.checkpoint.ns, error, _ANY_RUN)
             self._remove(transaction)
         transaction.abandon_from_anywhere()
 
     def drop(self, task: Task, *, other_attempts: bool = False) -> None:
-        """Roll back what is open of this attempt at a task, or of *other_attempts*: the task runs again."""
+        """Roll back the step of this attempt at a task, or of *other_attempts*, because the task runs again."""
         with self._changed:
             transaction = self._open.get(task.key)
             if transaction is None or transaction.task.is_attempt(task) == other_attempts:
@@ -325,7 +327,7 @@ class StepCoordinator:
         self._changed.notify_all()
 
     def leave_graph(self, task: Task, ns: str) -> None:
-        """Note that the task left the graph *ns* by a Command. It is settled when that graph has ended."""
+        """Record that the task left the graph *ns* by a Command. Its step commits after the end of that graph."""
         with self._changed:
             transaction = self.find(task)
             if transaction is not None and transaction.settling_task.checkpoint.ns == ns:
@@ -334,7 +336,7 @@ class StepCoordinator:
                 self._changed.notify_all()
 
     def hand_over(self, task: Task, parent: Task, lifetime: StepLifetime) -> None:
-        """The graph that the task left has ended: its step commits with the writes of the task that called it."""
+        """Hand the step to *parent*, because the graph has ended. It commits with the writes of *parent*."""
         with self._changed:
             transaction = self.find(task)
             if transaction is not None:
@@ -343,7 +345,7 @@ class StepCoordinator:
                 self._changed.notify_all()
 
     def _reject_stuck(self) -> None:
-        """Reject the requests for permits that those who have one wait for."""
+        """Reject a request for a permit if all holders of permits wait for the requesting task."""
         if not any(transaction.left_graph is not None for transaction in self._open.values()):
             return
         for transaction in list(self._open.values()):
@@ -367,10 +369,10 @@ class StepCoordinator:
             return self._broken.get(graph)
 
         with lifetime.waiting(), self._changed:
-            why = "the checkpoint at which this task runs was not saved by this checkpointer"
-            self._wait(lambda: key in self._saved, failure, why)
+            problem = "The checkpoint at which this task runs was not saved by this checkpointer"
+            self._wait(lambda: key in self._saved, failure, problem)
 
-    # -- saving what they wrote ------------------------------------------------------------------------------------
+    # -- commits ---------------------------------------------------------------------------------------------------
 
     @property
     def is_any_open(self) -> bool:
@@ -378,16 +380,16 @@ class StepCoordinator:
         return bool(self._open)
 
     def is_open(self, thread_id: str, task_id: str) -> bool:
-        """Whether the task may have something to commit."""
+        """Whether the task may have an open step."""
         with self._changed:
             return bool(self._keys_settled_by(thread_id, task_id))
 
     @contextmanager
     def settle(self, key: CheckpointKey, task_id: str, run: object, *, commits: bool) -> Iterator[Connection | None]:
-        """The connection of the task's step, to save its writes on: committed at the end, or rolled back first.
+        """The connection of the task's step, for saving the task's writes. The step commits at the end.
 
-        None: there is no step. The step of a task that left a graph inside of it, by a Command to the parent, is one of
-        this task.
+        None if there is no step. Without *commits*, the step is rolled back first. If an inner task left its graph by a
+        Command to this task, its step belongs to this task.
         """
         self.check_around(key.thread_id, key.ns)
         if not commits:
@@ -411,7 +413,7 @@ class StepCoordinator:
             self._close(transactions)
 
     def roll_back(self, thread_id: str, task_id: str) -> None:
-        """End what is open of a task that will run again. It waits for no save."""
+        """Roll back the steps of a task that will run again. This does not wait for saves."""
         self._close(self._take(thread_id, task_id))
 
     def _close(self, transactions: Sequence[NodeTransaction]) -> None:
@@ -423,7 +425,7 @@ class StepCoordinator:
             self._changed.notify_all()
 
     def _keys_settled_by(self, thread_id: str, task_id: str) -> list[tuple[str, str]]:
-        """The open steps that commit with the task's writes."""
+        """The keys of the open steps that commit with the task's writes."""
         return [key for key, step in self._open.items() if step.settling_task.key == (thread_id, task_id)]
 
     def _take(self, thread_id: str, task_id: str) -> list[NodeTransaction]:
@@ -432,7 +434,7 @@ class StepCoordinator:
         with self._changed:
             keys = self._keys_settled_by(thread_id, task_id)
             transactions = [self._open[key] for key in keys]
-            self._committing += transactions  # before they are open no more: others look without the lock
+            self._committing += transactions  # before removing them from _open, which others read without the lock
             for key in keys:
                 del self._open[key]
             return transactions
@@ -441,15 +443,15 @@ class StepCoordinator:
 def _only(transactions: Sequence[NodeTransaction]) -> NodeTransaction:
     if len(transactions) > 1:
         raise MemstateError(
-            f"{len(transactions)} steps would have to commit together: those of a node, and of graphs that ended in it "
-            "by a Command to the parent"
+            f"Cannot commit {len(transactions)} steps together. A node, or subgraphs that it called, opened more than "
+            "one step, and the subgraphs ended by a Command to the parent. Use one step for all of them."
         )
     return transactions[0]
 
 
 def _stuck_error() -> MemstateError:
     return MemstateError(
-        "Cannot begin this step: it waits for the step of a node beside it, which left the graph by a Command to the "
-        "parent. That step ends when this graph has ended. Let one node of those that run together write in a step, or "
-        "use a database and a pool with more connections"
+        "Cannot begin this step: it waits for the step of a parallel node, which left the graph by a Command to the "
+        "parent. That step ends only when this graph ends. Let only one of the parallel nodes use a step, or use a "
+        "database and a pool with more connections."
     )

@@ -1,6 +1,6 @@
-"""LangGraph's long-term memory (BaseStore) as facts: its items have history, can be undone, and are found by meaning.
+"""LangGraph's long-term memory (BaseStore) as facts: items have a history, undo and semantic search.
 
-``pip install 'memstate-sa[langgraph]'``. The tables are made by `setup`, or by Alembic.
+``pip install 'memstate-sa[langgraph]'``. `setup` creates the tables, or use Alembic.
 """
 
 from __future__ import annotations
@@ -82,20 +82,22 @@ _SWEEP_INTERVAL_MINUTES = 5
 class MemStateStore(BaseStore):
     """LangGraph's store in the database of the facts: PostgreSQL or SQLite.
 
-    *where* is a `MemoryStore`, or, with *memory*, an Engine (or AsyncEngine) or a URL. Items are facts: what is put and
-    deleted is in the log, `Memory.rollback` undoes it, relays deliver it, and a search never shows what SQL does not
-    hold. In a node of a graph, changes are labelled with the thread as session_id and the node as reason. Inside
-    ``with memory_store.transaction():``, or a checkpointer's `step`, calls of the same thread, in asyncio of the same
-    task, join that transaction.
+    *where* is a `MemoryStore`. With *memory*, it can also be an Engine (or AsyncEngine) or a URL. Items are facts: the
+    log has every put and delete, `Memory.rollback` undoes them, relays deliver them, and a search returns only items
+    that SQL has. In a node of a graph, changes are labelled with the thread as session_id and the node as reason.
 
-    *index* says what of a value is embedded, each path by itself: ``{"fields": ["title", "notes[*].text"]}``; by
-    default the whole of it, as JSON. False: nothing, and a *query* is ignored. The embedder is the Memory's.
-    *ttl* is LangGraph's TTLConfig; what has expired is never returned, and deleted by `sweep_ttl`.
+    Calls inside ``with memory_store.transaction():``, or inside a checkpointer's `step`, join that transaction if they
+    are in the same thread (with asyncio, in the same task).
 
-    A process that does nothing but relay makes one, too: so its Memory knows items.
+    *index* has the paths to the texts for embedding: ``{"fields": ["title", "notes[*].text"]}``. Each text has its own
+    vector. The default is the whole value, as JSON. With False nothing is embedded, and a *query* is ignored. The
+    embedder is the Memory's. *ttl* is LangGraph's TTLConfig. Expired items are never returned, and `sweep_ttl` deletes
+    them.
 
-    A batch is one transaction for what it writes; its reads see what was before. The methods of asyncio run the same
-    code in threads; what coroutines of one node put and get at the same time is one batch, and so one step to undo.
+    A process that only runs a relay must create a MemStateStore too, so that its Memory knows items.
+
+    All writes of a batch are one transaction. Its reads do not see them. The async methods run the same code in
+    threads. Puts and gets that coroutines of one node make at the same time are one batch, and so one step for undo.
 
     ::
 
@@ -117,7 +119,9 @@ class MemStateStore(BaseStore):
         if isinstance(where, MemoryStore):
             memory = where.memory
         if memory is None:
-            raise MemstateError("items are facts: give a MemoryStore, or memory=")
+            raise MemstateError(
+                "Cannot create the store without a Memory, because items are facts. Pass a MemoryStore or memory=."
+            )
         self.memory = memory
         self.engine = sync_engine(where, self.memory)
         self.ttl_config = ttl
@@ -129,14 +133,16 @@ class MemStateStore(BaseStore):
         if self.memory._registry.find(inspect(ItemRow)) is None:  # noqa: SLF001
             self.memory.track(ItemRow, text="text", metadata=("scope",))
         in_memory = sqlite.is_in_memory(self.engine)
-        # For one statement, BEGIN and ROLLBACK are most of the time; on SQLite it would take longer to say so.
+        # Around one statement, BEGIN and ROLLBACK take most of the time. On SQLite, autocommit would be slower.
         autocommit = database_of(self.engine).isolation("AUTOCOMMIT")
         self._readers = sessionmaker(self.engine.execution_options(**autocommit))
         self._facts = where if isinstance(where, MemoryStore) else None
         if self._facts is not None:
             self._begin: Callable[[], AbstractContextManager[Session]] = self._facts.transaction
         elif in_memory:
-            raise MemstateError("an in-memory SQLite has one connection: give the MemoryStore, or use a file")
+            raise MemstateError(
+                "Cannot use an in-memory SQLite database. It has one connection. Pass the MemoryStore, or use a file."
+            )
         else:
             sessions = sessionmaker(self.engine, expire_on_commit=False)
             self.memory.attach(sessions)
@@ -144,7 +150,7 @@ class MemStateStore(BaseStore):
         self._is_shared = in_memory
 
     def setup(self) -> None:
-        """Create the tables that are not there yet. With Alembic, a migration does it."""
+        """Create missing tables. With Alembic, a migration does this."""
         self.memory.create_tables(self.engine)
 
     async def asetup(self) -> None:
@@ -153,25 +159,22 @@ class MemStateStore(BaseStore):
     # -- batches ---------------------------------------------------------------------------------------------------
 
     def batch(self, ops: Iterable[Op]) -> list[Result]:
-        """The results of *ops* in their order. Of puts to one key, the last one counts.
+        """The results of *ops*, in order. If several puts have one key, the last one counts.
 
-        Raises InvalidItem (a ValueError) for values that are no JSON objects, and InvalidNamespaceError.
+        Raises InvalidItem (a ValueError) for values that are not JSON objects, and InvalidNamespaceError.
         """
         ops = list(ops)
         for op in ops:
             validate_op_namespace(op)
         puts = {put.id: put for put in (ItemPut(op, self._fields) for op in ops if isinstance(op, PutOp))}
         if puts and self._moment is not None:
-            raise MemstateError("the past is read-only: put into the store itself")
+            raise MemstateError("Cannot put into the past: a store of as_of() is read-only. Put into the store itself.")
         for _attempt in range(_ATTEMPTS):
             try:
                 return self._read_and_write(ops, puts) if puts else self._read_and_keep(ops)
-            except (
-                IntegrityError,
-                ItemSwept,
-            ):  # another writer was first to put one of these, or a sweep to delete one
+            except (IntegrityError, ItemSwept):  # another writer has put one of the items, or a sweep has deleted one
                 continue
-        raise ConflictError("others keep putting and deleting these items; try again")
+        raise ConflictError("Cannot write these items: others keep putting and deleting them. Please try again.")
 
     def _read_and_keep(self, ops: Sequence[Op]) -> list[Result]:
         with self._reading() as session:
@@ -188,11 +191,11 @@ class MemStateStore(BaseStore):
         return results
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
-        """`batch`, in a thread: one transaction for all that coroutines of one node ask at the same time."""
+        """Do the same as `batch`, in a thread. Calls of one node at the same time share one transaction."""
         ops = list(ops)
-        if any(isinstance(op, SearchOp) for op in ops):  # which may wait for an embedder, each in a thread of its own
+        if any(isinstance(op, SearchOp) for op in ops):  # a search may wait for an embedder, so it gets its own thread
             return await asyncio.to_thread(self.batch, ops)
-        # A transaction has one set of labels.
+        # Group by labels, because a transaction has one set of them.
         return await self._gathering.call(self.batch, ops, (self, *_labels().items()))
 
     def _reading(self) -> AbstractContextManager[Session]:
@@ -202,7 +205,7 @@ class MemStateStore(BaseStore):
         if open_session is not None:
             return nullcontext(open_session)
         if self._facts is not None:
-            self._facts._check_open()  # noqa: SLF001  # of the same package
+            self._facts._check_open()  # noqa: SLF001  # in the same package
             if self._is_shared:
                 return self._facts._reading()  # noqa: SLF001
         return self._readers()
@@ -220,7 +223,7 @@ class MemStateStore(BaseStore):
     @contextmanager
     def _labelled(self) -> Iterator[Session]:
         with self._writing() as session:
-            if not session.in_nested_transaction():  # who began the transaction has labelled it
+            if not session.in_nested_transaction():  # otherwise the outer transaction has its own labels
                 self.memory.annotate(session, **_labels())
             yield session
             session.flush()
@@ -228,7 +231,7 @@ class MemStateStore(BaseStore):
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], set[KeptItem]]:
-        """The results, and the items that live longer because they were read."""
+        """The results, and the items that must live longer because they were read."""
         now = self._now()
         ids = {item_id(op.namespace, op.key) for op in ops if isinstance(op, GetOp)}
         rows_by_id = self._rows_by_id(session, ids, now) if ids else {}
@@ -249,14 +252,17 @@ class MemStateStore(BaseStore):
             elif isinstance(op, PutOp):
                 results.append(None)
             else:
-                raise InvalidItem(f"not an operation of a store: {type(op).__name__}")
+                raise InvalidItem(
+                    f"Unknown operation {type(op).__name__}: use GetOp, PutOp, SearchOp or ListNamespacesOp."
+                )
             if self._moment is None and getattr(op, "refresh_ttl", False):
                 mortal = (row for row in rows if row.expires_at is not None)
                 kept.update(KeptItem(row.id, row.updated_at, now + (row.expires_at - row.updated_at)) for row in mortal)
         return results, kept
 
     def _alive(self, now: datetime) -> list[ColumnElement[bool]]:
-        return [item_rows.alive(now)] if self._moment is None else []  # of the past: what the table held
+        # The past shows the content of the table, including expired items.
+        return [item_rows.alive(now)] if self._moment is None else []
 
     def _search(self, session: Session, op: SearchOp, now: datetime) -> list[tuple[Row[Any], float | None]]:
         if not wants_results(op):
@@ -266,13 +272,13 @@ class MemStateStore(BaseStore):
         scored: list[tuple[Row[Any], float | None]] = []
         if op.query and self._fields is not None:
             scopes = [] if not scope else list(islice(item_rows.scopes(session, scope), _FEW + 1))
-            # By name, an index can tell them by itself; by their range, only SQL can.
+            # A vector index can filter a few scopes by equality. It cannot filter a range of scopes, only SQL can.
             is_in_scope = item_rows.below(scope) if not 0 < len(scopes) <= _FEW else ItemRow.scope.in_(scopes)
             target = select(ItemRow).where(is_in_scope, *map(item_rows.of_heads, criteria))
             scored += self._ranked(session, op.query, target, op.offset + op.limit, now)
         page, missing = scored[op.offset : op.offset + op.limit], op.offset + op.limit - len(scored)
         if missing > 0:
-            # What no vector ranks comes after all that is ranked.
+            # Items without a score come after the ranked ones.
             others = item_rows.heads.where(
                 item_rows.below(scope), *alive, *(criterion(ItemRow) for criterion in criteria)
             )
@@ -287,7 +293,7 @@ class MemStateStore(BaseStore):
     def _ranked(
         self, session: Session, query: str, target: Select[Any], count: int, now: datetime
     ) -> list[tuple[Row[Any], float]]:
-        """The *count* items nearest to *query*, best first: of an item's texts, the nearest counts."""
+        """The *count* items nearest to *query*, best first. An item counts with its nearest text."""
         limit = count
         while True:
             hits = self.memory.search(session, query, target, limit=limit, as_of=self._moment)
@@ -305,13 +311,13 @@ class MemStateStore(BaseStore):
 
     def _filter(self, value: Any) -> Callable[[Any], ColumnElement[bool]]:
         if not isinstance(value, Mapping):
-            raise InvalidItem("a filter is an object: names and what they have to be")
+            raise InvalidItem(f"Invalid filter: it must be a dict, not {type(value).__name__}.")
         filter_ = plain(value, "filter")
         database = database_of(self.engine)
         try:
             json_filter.matches(database, ItemRow.value, filter_)
         except (ValueError, OverflowError) as error:
-            raise InvalidItem(f"filter: {error}") from error
+            raise InvalidItem(f"Invalid filter: {error}") from error
         return lambda row: json_filter.matches(database, row.value, filter_)
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -325,7 +331,7 @@ class MemStateStore(BaseStore):
             rows_by_item.setdefault(row.item, []).append(row)
         over = {id_ for id_, (row, *_) in rows_by_item.items() if row.expires_at is not None and row.expires_at <= now}
         expired = over - item_rows.living(connection, over, now) if over else over
-        kept = {item for item in kept if item.id not in puts}  # which has another end now, or none
+        kept = {item for item in kept if item.id not in puts}  # a put sets their end
         changes: list[tuple[ItemRow, dict[str, Any]]] = []
         surplus: list[ItemRow] = []
         for id_, put in sorted(puts.items()):
@@ -338,40 +344,42 @@ class MemStateStore(BaseStore):
                 continue
             created_at = now if is_new else rows[0].created_at
             times = {"created_at": created_at, "updated_at": now, "expires_at": expires_at}
-            for n, words in enumerate(put.texts):
-                values = {"text": words, **times} | ({"value": put.value} if n == 0 else {})
+            for n, text in enumerate(put.texts):
+                values = {"text": text, **times} | ({"value": put.value} if n == 0 else {})
                 if n < len(rows):
                     changes.append((rows[n], values))
                 else:
                     new = ItemRow(id=item_rows.row_id(id_, n), item=id_, n=n, scope=put.scope, key=put.key, **values)
                     session.add(new)
             surplus += rows[len(put.texts) :]
-        # A flush changes rows before it adds others. Another batch that adds a row which we have changed waits for us,
-        # and we might wait for a row that it has added. It does not wait for a row that we have only locked: it fails
-        # at once, and tries again.
+        # Add new rows first, because one flush would change rows before it adds others, and that can deadlock. Another
+        # batch that adds a row with an id that we have changed waits for us. At the same time, we may wait for a row
+        # that it has added. But if we have only locked our row, the other batch fails at once, and tries again.
         session.flush()
         for row, values in changes:
             for name, value in values.items():
                 setattr(row, name, value)
             if "value" in values:
-                flag_modified(row, "value")  # True and 1 are equal in Python, not in JSON
+                flag_modified(row, "value")  # True and 1 are equal in Python, but not in JSON
         for row in surplus:
             session.delete(row)
         session.flush()
-        item_rows.keep_without_waiting(connection, kept)  # last, by everyone
+        item_rows.keep_without_waiting(connection, kept)  # all transactions do this last
 
     # -- time ------------------------------------------------------------------------------------------------------
 
     def sweep_ttl(self) -> int:
-        """Delete the items that have expired, as transactions with the reason "expired"; returns how many.
+        """Delete the expired items, and return their number. The transactions have the reason "expired".
 
-        History keeps them, and rollback counts no sweep as a step.
+        The items stay in the history. A sweep is not a step, so rollback skips it.
         """
         deleted = 0
         while True:
             with self._writing() as session:
                 if session.in_nested_transaction():
-                    raise MemstateError("a sweep is a transaction of its own, and this is in another one")
+                    raise MemstateError(
+                        "Cannot sweep inside another transaction: a sweep has its own transactions. Call it outside."
+                    )
                 transaction = self.memory._transaction(session)  # noqa: SLF001
                 transaction.reason, transaction.step = EXPIRED, False
                 connection = session.connection(bind_arguments={"mapper": inspect(ItemRow)})
@@ -386,9 +394,9 @@ class MemStateStore(BaseStore):
                 return deleted
 
     def start_ttl_sweeper(self, sweep_interval_minutes: float | None = None) -> Future[None]:
-        """Sweep in a thread, every so many minutes (those of *ttl*, else 5), until the result is cancelled.
+        """Sweep in a thread until the result is cancelled. The default interval is that of *ttl*, or 5 minutes.
 
-        Without *ttl* there is nothing to sweep, and no thread.
+        Without a TTLConfig this does nothing.
         """
         if not self.ttl_config:
             future: Future[None] = Future()
@@ -398,14 +406,14 @@ class MemStateStore(BaseStore):
         return self._sweeper.start(self.sweep_ttl, interval * 60)
 
     def stop_ttl_sweeper(self, timeout: float | None = None) -> bool:
-        """Returns whether it has stopped within *timeout* seconds."""
+        """Stop the thread. Returns whether it ended within *timeout* seconds."""
         return self._sweeper.stop(timeout)
 
     def as_of(self, moment: Moment | None) -> Self:
-        """This store as it was: its items are those of a time, or after a transaction; it is read-only.
+        """A read-only store with the items of a past moment: at a time, or after a transaction.
 
-        None is the present, so that a node may ask ``store.as_of(checkpointer.as_of())``. What had expired and was not
-        swept is there.
+        None means the present, so a node can always use ``store.as_of(checkpointer.as_of())``. The past includes items
+        that had expired and were not yet swept.
         """
         if moment is None:
             return self
@@ -414,19 +422,19 @@ class MemStateStore(BaseStore):
         return past
 
     def history(self, namespace: tuple[str, ...], key: str) -> list[Change]:
-        """What happened to an item, oldest first."""
+        """The changes of an item, oldest first."""
         with self._reading() as session:
             return self.memory.history(session, ItemRow, item_id(namespace, key))
 
     def erase(self, namespace: tuple[str, ...], key: str, *, reason: str | None = None) -> None:
-        """Forget an item, its history and its vectors; see `Memory.erase`, and `Memory.purge` for what files keep.
+        """Erase an item, its history and its vectors (see `Memory.erase`). `Memory.purge` also cleans the files.
 
-        Of its key a digest stays. Raises NotFound for an item that neither the table nor the log has.
+        A hash of its key stays. Raises NotFound if neither the table nor the log has the item.
         """
         item = item_id(namespace, key)
         with self._labelled() as session:
             self.memory.erase(session, ItemRow, item, reason)
-            with suppress(NotFound):  # past the last row that it ever had
+            with suppress(NotFound):  # raised after the last row that the item ever had
                 for n in count(1):
                     self.memory.erase(session, ItemRow, item_rows.row_id(item, n), reason)
 
@@ -443,7 +451,7 @@ def _item(row: Row[Any], kind: type[Item] = Item, **more: Any) -> Any:
 
 
 def _labels() -> dict[str, str]:
-    """In a node of a graph: its thread and its name."""
+    """The labels of the running node: its thread and its name. Empty outside a node."""
     from langgraph.config import get_config
 
     try:

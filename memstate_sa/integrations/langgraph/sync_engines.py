@@ -1,4 +1,4 @@
-"""The engine that a checkpointer or a store works on, and how many steps it has room for."""
+"""The sync engine of a checkpointer or a store, and its room for open steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNBOUNDED_ROOM = 64
 
 
 def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
-    """The engine of *where*, or one for threads on its URL."""
+    """The engine of *where*, or a new sync engine for its URL."""
     engine = _sync_engine(where, memory)
     missing_tables.explain(engine)
     return engine
@@ -37,15 +37,15 @@ def _sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: 
     elif isinstance(getattr(where, "url", None), URL):
         url = where.url.set(drivername=where.url.get_backend_name())
     else:
-        raise MemstateError(f"{where!r}: give a MemoryStore, an Engine or a URL")
+        raise MemstateError(f"Invalid database {where!r}: pass a MemoryStore, an Engine or a URL.")
     return engine_of(url if isinstance(url, str) else url.render_as_string(hide_password=False))
 
 
 def room_for_steps(engine: Engine) -> int:
-    """How many steps may be open at a time: one on SQLite, which has one writer, else one for each connection."""
+    """The number of steps that may be open at the same time: one for each connection, but only one on SQLite."""
     if database_of(engine).has_one_writer:
         return 1
     pool: Any = engine.pool
-    if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:  # noqa: SLF001  # nothing tells it
+    if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:  # noqa: SLF001  # not public
         return _UNBOUNDED_ROOM
     return pool.size() + pool._max_overflow  # noqa: SLF001

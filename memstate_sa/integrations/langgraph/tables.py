@@ -1,4 +1,4 @@
-"""The tables of LangGraph's checkpoints. They are no facts: no log, no outbox and no index knows them."""
+"""The tables of LangGraph's checkpoints. Checkpoints are not facts: they are in no log, no outbox and no index."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ blob = Table(
     comment="a channel's value, once for each of its versions",
 )
 
-# Nothing refers to the checkpoint: what a task wrote may be committed before it.
+# No foreign key to the checkpoint: the writes of a task may be committed before their checkpoint.
 write = Table(
     "memstate_checkpoint_write",
     metadata,

@@ -1,4 +1,4 @@
-"""The thread, the graph and the checkpoint that a config names."""
+"""The ids of the thread, the graph and the checkpoint in a config."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from memstate_sa.errors import MemstateError
 
 
 class InvalidThread(MemstateError, ValueError):
-    """The config names no thread; nothing was read or written."""
+    """The config has no valid thread. Nothing was read or written."""
 
 
 _NO_THREAD = (
     "Cannot find the thread: thread_id is {}. All callers without an id would share one conversation. "
-    'Give {{"configurable": {{"thread_id": …}}}} a string, an int or a UUID, for example str(uuid4()).'
+    'Set {{"configurable": {{"thread_id": …}}}} to a string, an int or a UUID, for example str(uuid4()).'
 )
 
 
 def as_text(value: Any) -> str | None:
-    """An id as text: a string, an int or a UUID. None for anything else."""
+    """A string, an int or a UUID as text. None for other types."""
     if isinstance(value, str):
-        return str.__str__(value)  # of an enum's member, the value
+        return str.__str__(value)  # the value of an enum member
     return str(value) if isinstance(value, (int, UUID)) and not isinstance(value, bool) else None
 
 
 def thread_id_of(value: Any) -> str:
-    """A thread's id as it is stored.
+    """The id of a thread, as text.
 
-    Raises InvalidThread for None, "" and what is no id: all who have none would share one conversation.
+    Raises InvalidThread for None, "" and other values that are not ids. Otherwise all callers without an id would share
+    one conversation.
     """
     thread_id = as_text(value)
     if thread_id is None or not thread_id.strip():
@@ -48,19 +49,19 @@ def configured(config: Any) -> Mapping[str, Any]:
 
 
 def graph_of(config: Any) -> tuple[str, str]:
-    """The thread that *config* names, and the graph in it: "" is the graph itself, a subgraph has a path."""
+    """The thread in *config*, and its graph: "" for the graph itself, a path for a subgraph."""
     conf = configured(config)
     ns = conf.get("checkpoint_ns") or ""
     if not is_text(ns):
         raise InvalidThread("Cannot use this checkpoint_ns: it is not a string, or has a NUL or a lone surrogate.")
     thread_id = thread_id_of(conf.get("thread_id"))
-    if thread_id == "None":  # as a graph's get_state and update_state hand on None
+    if thread_id == "None":  # a graph's get_state and update_state turn None into this
         raise InvalidThread(_NO_THREAD.format("None"))
     return thread_id, str.__str__(ns)
 
 
 def checkpoint_id_of(config: Any) -> str | None:
-    """The checkpoint that *config* names; None is the latest."""
+    """The checkpoint in *config*. None means the latest."""
     value = configured(config).get("checkpoint_id") or None
     checkpoint_id = None if value is None else as_text(value)
     if value is not None and not is_text(checkpoint_id):

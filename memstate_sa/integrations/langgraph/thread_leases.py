@@ -1,4 +1,4 @@
-"""Leases on threads: who may write their checkpoints. A late writer and a fork look alike; a lease tells them apart."""
+"""Leases on threads, which decide which run may write. Without one, a late writer looks like a fork."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class StaleRun(ConflictError):
-    """Another run has this thread; nothing was written."""
+    """Another run has this thread. Nothing was written."""
 
 
-# Names in a config. LangGraph shows none in metadata that begins with underscores.
+# Names in a config. They begin with underscores, so that LangGraph leaves them out of metadata.
 _OWNER, _LEASE_S = "__memstate_run", "__memstate_lease"
 
 _select_lease = select(lease.c.owner, lease.c.lease_until).where(lease.c.thread_id == bindparam("of")).with_for_update()
@@ -39,31 +39,32 @@ _release = delete(lease).where(*_mine)
 def acquire(connection: Connection, thread_id: str, owner: str, lease_s: float, *, take_over: bool) -> None:
     """Take the lease of a thread.
 
-    Raises StaleRun while another run has the thread: its lease has not ended, and its process may be alive.
+    Raises StaleRun if another run has the thread: its lease has not ended, and its process may be alive.
     """
     now = database_now(connection)
     until = now + timedelta(seconds=lease_s)
     new = database_of(connection).upsert(lease).on_conflict_do_nothing()
     row = {"thread_id": thread_id, "owner": owner, "lease_until": until}
     current = None
-    while current is None:  # released in between, and by now perhaps somebody else's
+    while current is None:  # another run released the lease between the two statements
         connection.execute(new, row)
         current = connection.execute(_select_lease, {"of": thread_id}).one_or_none()
     if current.owner != owner and current.lease_until > now and not take_over and not is_gone(current.owner):
         raise StaleRun(
-            f"thread {thread_id!r} has a run elsewhere, whose lease ends at {current.lease_until:%H:%M:%S} UTC"
+            f"Cannot run thread {thread_id!r}: another run has it, and its lease ends at "
+            f"{current.lease_until:%H:%M:%S} UTC. Wait for that, or use take_over=True."
         )
     connection.execute(_take, {"of": thread_id, "me": owner, "until": until})
 
 
 def renew(connection: Connection, thread_id: str, owner: str, lease_s: float) -> None:
-    """Renew a lease in the transaction that writes. Raises StaleRun when another run has taken the thread over.
+    """Renew a lease in the transaction that writes. Raises StaleRun if another run has taken over the thread.
 
     A run that takes over at this moment waits for the transaction.
     """
     until = database_now(connection) + timedelta(seconds=lease_s)
     if connection.execute(_renew, {"of": thread_id, "me": owner, "until": until}).rowcount != 1:
-        raise StaleRun(f"thread {thread_id!r} was taken over by another run: this one came too late, and wrote nothing")
+        raise StaleRun(f"Cannot save: another run has taken over thread {thread_id!r}. This run wrote nothing.")
 
 
 def release(connection: Connection, thread_id: str, owner: str) -> None:
@@ -71,19 +72,19 @@ def release(connection: Connection, thread_id: str, owner: str) -> None:
 
 
 def leased(config: RunnableConfig, owner: str, lease_s: float) -> RunnableConfig:
-    """*config* for a run that has the lease of its thread."""
+    """*config* with the lease of its thread."""
     return cast(
         "RunnableConfig", {**config, "configurable": {**config["configurable"], _OWNER: owner, _LEASE_S: lease_s}}
     )
 
 
 def is_leased(config: RunnableConfig) -> bool:
-    """Whether *config* is of a run that has a lease."""
+    """Whether the run of *config* has a lease."""
     return _OWNER in config["configurable"]
 
 
 def renew_configured(connection: Connection, config: RunnableConfig) -> None:
-    """Renew the lease of the run that *config* is of, if it has one."""
+    """Renew the lease of the run of *config*, if it has one."""
     conf = config["configurable"]
     if _OWNER in conf:
         renew(connection, thread_id_of(conf["thread_id"]), conf[_OWNER], conf[_LEASE_S])

@@ -1,4 +1,4 @@
-"""Statements on all rows of a thread: lock, copy and delete them."""
+"""Lock, copy and delete all rows of a thread."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ _delete_nothing = delete(checkpoint).where(false())
 
 
 def lock_threads(connection: Connection, thread_ids: Iterable[str]) -> None:
-    """Have others that save to these threads wait until this transaction ends.
+    """Lock threads, so that others that save to them wait until this transaction ends.
 
-    A checkpoint that follows another one waits for that one's row; one whose parent is gone waits for the thread.
+    Saving a checkpoint waits for the lock on its parent's row. If the parent was deleted, it waits for the thread's
+    advisory lock.
     """
     if database_of(connection).has_one_writer:
-        connection.execute(_delete_nothing)  # which takes the write lock
+        connection.execute(_delete_nothing)  # takes the write lock
         return
     params = {"threads": as_array(sorted(thread_ids))}
     connection.execute(_take_advisory_locks, params)
@@ -50,7 +51,8 @@ def delete_threads(connection: Connection, thread_ids: Iterable[str]) -> None:
 
 def _execute_at_once(connection: Connection, statements: Sequence[Any], params: Mapping[str, Any]) -> None:
     """Run *statements* on one state of the database."""
-    if database_of(connection).has_writing_ctes:  # elsewhere we are the one writer, and each statement sees the same
+    # A database without writing CTEs (SQLite) has one writer, so all statements see the same state anyway.
+    if database_of(connection).has_writing_ctes:
         first, *others = statements
         statements = [first.add_cte(*(other.cte(f"also_{n}") for n, other in enumerate(others)))]
     for statement in statements:
@@ -58,7 +60,7 @@ def _execute_at_once(connection: Connection, statements: Sequence[Any], params: 
 
 
 def copy_thread(connection: Connection, source: str, target: str) -> None:
-    """Copy all rows of a thread as they are at one moment, in which nothing is pruned half-way."""
+    """Copy all rows of a thread from one state of the database, so that pruning cannot happen in between."""
     statements = [_copy(database_of(connection), table) for table in TABLES]
     _execute_at_once(connection, statements, {"source": source, "target": target})
 
@@ -71,7 +73,7 @@ def _copy(database: Database, table: Table) -> Any:
 
 
 def threads_of_runs(connection: Connection, run_ids: Iterable[str]) -> list[str]:
-    """The threads that have checkpoints of these runs."""
+    """The threads with checkpoints of these runs."""
     runs = unnest_strings("runs")
     statement = select(checkpoint.c.thread_id).distinct().where(
         checkpoint.c.run_id.is_not(None), checkpoint.c.run_id.in_(select(runs.c.value))

@@ -1,4 +1,4 @@
-"""The thread that sweeps a store: it deletes the items that have expired."""
+"""The thread that deletes the expired items of a store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = printable_logger("memstate_sa.langgraph")
 
 
 class TtlSweeper:
-    """Sweeps in one thread, again and again, from `start` until `stop`."""
+    """Sweeps repeatedly in one thread, from `start` until `stop`."""
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
@@ -23,12 +23,11 @@ class TtlSweeper:
         return self.thread is not None and self.thread.is_alive() and not self.stop_event.is_set()
 
     def start(self, sweep: Callable[[], object], interval_s: float) -> Future[None]:
-        """Call *sweep* every *interval_s* seconds, until the result is cancelled. A running thread goes on."""
+        """Call *sweep* every *interval_s* seconds, until the result is cancelled. A running thread continues."""
         is_running = self.is_running
         if not is_running:
-            self.stop_event = (
-                threading.Event()
-            )  # another one: the thread before may not have seen yet that it is to end
+            # A new event, because a previous thread may still have to see that the old one is set.
+            self.stop_event = threading.Event()
         stop_event = self.stop_event
         future: Future[None] = Future()
         future.add_done_callback(lambda future: stop_event.set() if future.cancelled() else None)
@@ -41,7 +40,7 @@ class TtlSweeper:
         return future
 
     def stop(self, timeout: float | None) -> bool:
-        """Stop the thread; returns whether it has ended within *timeout* seconds."""
+        """Stop the thread. Returns whether it ended within *timeout* seconds."""
         self.stop_event.set()
         if self.thread is not None:
             self.thread.join(timeout)
@@ -54,7 +53,7 @@ def _sweep_until(
     while not stop_event.wait(interval_s):
         try:
             sweep()
-        except Exception as error:  # noqa: BLE001  # the database may be back by the next time
-            logger.warning("sweep failed: %s", type(error).__name__)
+        except Exception as error:  # noqa: BLE001  # the database may be back next time
+            logger.warning("Could not sweep expired items, will try again: %s", type(error).__name__)
     if not future.cancelled():
         future.set_result(None)

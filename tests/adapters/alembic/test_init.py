@@ -118,7 +118,7 @@ def test_init_reports_each_problem_once_with_all_names(folder: Path, url: str) -
         gone = connection.exec_driver_sql(named).scalar_one()
         connection.exec_driver_sql(f"DROP TRIGGER {gone}")
     engine.dispose()
-    assert f"tag has no trigger {gone} as it should be" in invoke("init", "--url", url, "--dry-run")
+    assert f"tag lacks the current trigger {gone}" in invoke("init", "--url", url, "--dry-run")
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_only_modules_that_make_a_memory_are_imported(folder: Path) -> None:
         ("from memstate_sa.memory import Memory", "memory = same = Memory"),
     ],
 )
-def test_memory_is_found_however_it_is_made(folder: Path, imported: str, made: str) -> None:
+def test_memory_is_found_in_any_form_of_construction(folder: Path, imported: str, made: str) -> None:
     facts = folder / "shop" / "facts.py"
     facts.write_text(facts.read_text().replace("memory = Memory", f"{imported}\n{made}"))
     assert find_memories(folder) == ["shop.facts:memory"]

@@ -52,7 +52,7 @@ def test_the_wheel_carries_our_migrations(tmp_path: Path) -> None:
 
 @pytest.mark.deep_on("alembic", "alembic.autogenerate.render")
 @pytest.mark.parametrize("first", ["alembic", "alembic.autogenerate.render", "memstate_sa.migrations"])
-def test_whatever_is_imported_first_the_operations_are_there(first: str) -> None:
+def test_operations_exist_after_imports_in_any_order(first: str) -> None:
     """Alembic loads plugins in the middle of its own imports."""
     python(f"import {first}; from alembic import op; op.memstate_track, op.memstate_untrack, op.memstate_protect_log")
 
@@ -71,4 +71,4 @@ def test_broken_plugin_does_not_stop_alembic(missing: str) -> None:
         "import alembic.command; from alembic import op; print(hasattr(op, 'create_table'))"
     )
     assert shown.stdout.strip() == "True"
-    assert "autogenerate will not know memstate_sa: ModuleNotFoundError" in shown.stderr
+    assert "Could not load the Alembic plugin of memstate_sa: ModuleNotFoundError" in shown.stderr

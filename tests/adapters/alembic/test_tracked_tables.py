@@ -592,7 +592,7 @@ def test_a_table_of_ours_that_has_another_name_now(app: Application) -> None:
     assert len(images(app)) == 2
 
 
-def test_an_old_table_of_ours_is_nobody_s_to_drop(notes: Application) -> None:
+def test_autogenerate_does_not_drop_an_old_table_of_ours(notes: Application) -> None:
     """The application's metadata does not have our tables. Our own migration renames the table."""
     make_older(notes.engine)
     notes.write_env()

@@ -157,7 +157,7 @@ def test_a_journal_does_not_grow_for_ever(folder: Path, journal: Path, monkeypat
         assert fingerprints(index) == {f"p{m}": "f99" for m in range(20) if m != 7}
 
 
-def test_vectors_do_not_change_however_often_they_are_copied(folder: Path) -> None:
+def test_vectors_do_not_change_when_they_are_copied(folder: Path) -> None:
     """The copies are equal bit by bit."""
     rng = np.random.default_rng(1)
     vectors = rng.standard_normal((50, 3)).astype(np.float32) * 1e5

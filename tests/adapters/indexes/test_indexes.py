@@ -81,7 +81,7 @@ class TestFlaky(IndexConformance):
         return lambda: FlakyIndex(InMemoryIndex(), rate=0)
 
     def test_every_kind_of_failure_happens(self) -> None:
-        """A failed upsert leaves nothing, half or all of its batch, and so on for a failed delete."""
+        """A failed upsert leaves nothing, half or all of its batch. So does a failed delete."""
         inner = InMemoryIndex()
         index = FlakyIndex(inner, rate=1)
         index.open(embedder=EMBEDDER, dimension=3)
@@ -202,7 +202,7 @@ class ChromaSuite(IndexConformance):
         index.upsert([point("a")])
         before = index.incarnation
         client.delete_collection(name)
-        with pytest.raises(DeliveryRetryable, match="gone"):
+        with pytest.raises(DeliveryRetryable, match="was deleted"):
             index.upsert([point("b")])
         assert index.incarnation != before
         assert fingerprints(index) == {}
@@ -243,7 +243,7 @@ class ChromaSuite(IndexConformance):
         [point("a", metadata={"v": object()}), point("\ud800"), point("")],
         ids=["object", "surrogate", "empty-id"],
     )
-    def test_what_chroma_refuses_is_rejected(self, index: VectorIndex, bad: Any) -> None:
+    def test_points_that_chroma_refuses_are_rejected(self, index: VectorIndex, bad: Any) -> None:
         """Chroma's own error is the cause. Its text is not repeated, because it may quote the fact."""
         with pytest.raises(DeliveryRejected) as caught:
             index.upsert([bad])
@@ -256,7 +256,7 @@ class ChromaSuite(IndexConformance):
         index.scan(None, 1)
         client.delete_collection(name)
         opened(client, name).upsert([point("d")])
-        with pytest.raises(DeliveryRetryable, match="gone"):
+        with pytest.raises(DeliveryRetryable, match="was deleted"):
             index.scan("a", 10)
         assert [entry.id for entry in index.scan("a", 10)] == ["d"]
 

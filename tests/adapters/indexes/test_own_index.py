@@ -35,7 +35,7 @@ def documented() -> dict[str, Any]:
 class TestSqliteIndex(documented()["TestSqliteIndex"]):  # type: ignore[misc]
     @pytest.fixture(autouse=True)
     def _importable(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Open the index in the process that is killed."""
+        """Let the process that is killed import the index."""
         monkeypatch.setenv("PYTHONPATH", FOLDER.name)
 
 

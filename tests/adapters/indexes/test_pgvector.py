@@ -174,17 +174,17 @@ def test_deleted_ids_are_not_remembered_for_ever(
     index.upsert([point("a", epoch=1)])
     for n in range(5):
         index.delete([f"{n}-{m}" for m in range(10)] + ["a"], epoch=n + 1)
-    assert len(remembered(vector_engine, name)) == 51
+    assert len(tombstones(vector_engine, name)) == 51
     index.upsert([point("a", Y, epoch=9)])
     monkeypatch.setattr("memstate_sa.indexes.pgvector._REMEMBERED", timedelta(0))
     for _ in range(3):
         index.delete([f"last-{m}" for m in range(10)], epoch=10)
     assert rows(vector_engine, name) == {("a", 9), (None, 10)}
-    assert len(remembered(vector_engine, name)) == 10
+    assert len(tombstones(vector_engine, name)) == 10
     assert contents(index, ["a"]) == {"a": ("f", [0, 1, 0])}
 
 
-def remembered(engine: Engine, name: str) -> list[bytes]:
+def tombstones(engine: Engine, name: str) -> list[bytes]:
     with engine.connect() as connection:
         return list(connection.scalars(text(f'SELECT key FROM "{name}" WHERE deleted_at IS NOT NULL')))
 
@@ -196,7 +196,7 @@ def test_lost_content_gives_a_new_incarnation(vector_engine: Engine, index: PgVe
     before = index.incarnation
     with vector_engine.begin() as connection:
         connection.execute(text(how.format(f'"{name}"')))
-    with pytest.raises(DeliveryRetryable, match="gone"):
+    with pytest.raises(DeliveryRetryable, match="dropped"):
         _ = index.incarnation
     index.open(embedder=EMBEDDER, dimension=3)
     assert index.incarnation != before
@@ -280,7 +280,7 @@ def test_index_takes_a_url_or_an_async_engine(vector_url: str, name: str) -> Non
     [point("nul\0"), point("\ud800"), point("a", metadata={"v": object()})],
     ids=["NUL", "lone surrogate", "no scalar"],  # the same in every process
 )
-def test_what_postgresql_refuses_is_rejected(index: PgVectorIndex, bad: Point) -> None:
+def test_points_that_postgresql_refuses_are_rejected(index: PgVectorIndex, bad: Point) -> None:
     """Nothing of the batch is stored. The message does not repeat the refused value."""
     with pytest.raises(DeliveryRejected) as caught:
         index.upsert([point("good"), bad])
@@ -366,7 +366,9 @@ def test_every_statement_has_an_index(large: tuple[Engine, PgVectorIndex, str]) 
     assert "Incremental Sort" in plans(large, lambda: index.scan("p0100", 10))
 
 
-def test_where_the_graph_runs_out_all_are_compared(vector_url: str, large: tuple[Engine, PgVectorIndex, str]) -> None:
+def test_all_points_are_compared_where_the_graph_runs_out(
+    vector_url: str, large: tuple[Engine, PgVectorIndex, str]
+) -> None:
     """A filter may leave too few points, so the graph's scan continues. If it still ends early, all points are
     compared.
     """

@@ -174,7 +174,7 @@ def test_deleted_collection_gets_a_new_incarnation(client: QdrantClient, name: s
         index.upsert([point("b")])
         before = index.incarnation
         client.delete_collection(name)
-        with pytest.raises(DeliveryRetryable, match="gone"):
+        with pytest.raises(DeliveryRetryable, match="was deleted"):
             call()
         call()
         assert index.incarnation != before
@@ -240,7 +240,7 @@ def test_deleted_points_do_not_crowd_out_others(client: QdrantClient, name: str)
     index._forgot_at = 0.0
     old = {"epoch": 3, "deleted_at": 0}
     client.set_payload(
-        name, {"memstate": old}, points=models.Filter(must=[models.HasIdCondition(has_id=left(client, name))])
+        name, {"memstate": old}, points=models.Filter(must=[models.HasIdCondition(has_id=tombstones(client, name))])
     )
     index.delete(["p0"], epoch=4)
     assert client.count(name).count == 2
@@ -248,7 +248,7 @@ def test_deleted_points_do_not_crowd_out_others(client: QdrantClient, name: str)
     assert fingerprints(index) == {"opposite": "f"}
 
 
-def left(client: QdrantClient, name: str) -> list[Any]:
+def tombstones(client: QdrantClient, name: str) -> list[Any]:
     records, _ = client.scroll(name, limit=100)
     return [record.id for record in records if "id" not in record.payload["memstate"]]
 
@@ -265,7 +265,7 @@ def test_the_text_is_stored_only_when_asked(client: QdrantClient, name: str) -> 
 
 
 @pytest.mark.parametrize("bad", [point("a", metadata={"v": object()}), point("\ud800")], ids=["object", "surrogate"])
-def test_what_cannot_be_stored_is_rejected(client: QdrantClient, name: str, bad: Any) -> None:
+def test_points_that_cannot_be_stored_are_rejected(client: QdrantClient, name: str, bad: Any) -> None:
     """The point is named, and nothing is written."""
     index = opened(client, name)
     with pytest.raises(DeliveryRejected):

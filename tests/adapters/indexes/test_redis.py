@@ -182,7 +182,7 @@ def test_searcher_counts_points_of_other_writers(
 
 
 @pytest.mark.parametrize("bad", [point("a", metadata={"v": object()}), point("\ud800")], ids=["object", "surrogate"])
-def test_what_cannot_be_stored_is_rejected(shared_server: Server, name: str, bad: Any) -> None:
+def test_points_that_cannot_be_stored_are_rejected(shared_server: Server, name: str, bad: Any) -> None:
     """The point is named, and nothing is written."""
     index = opened(shared_server.client, name)
     with pytest.raises(DeliveryRejected):

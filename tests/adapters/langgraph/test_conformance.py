@@ -161,7 +161,7 @@ def test_delta_seed_is_the_nearest_value(chain: Chain) -> None:
     assert chain.history("ch") == {"ch": ([3], [3, 4])}
 
 
-def test_delta_history_leaves_out_what_is_pending(chain: Chain) -> None:
+def test_delta_history_leaves_out_pending_writes(chain: Chain) -> None:
     chain.add({"ch": _DeltaSnapshot([0])})
     chain.add({}, ("ch", "extra"))
     assert chain.history("ch") == {"ch": ([0], [])}
@@ -234,7 +234,7 @@ def test_distant_seed_is_found(chain: Chain) -> None:
     assert found["seed"].value == []
 
 
-def test_pruning_keeps_what_a_delta_channel_is_rebuilt_from(chain: Chain) -> None:
+def test_pruning_keeps_the_writes_of_a_delta_channel(chain: Chain) -> None:
     """It keeps checkpoints back to the nearest value of each channel, and none before it."""
     chain.add({"a": _DeltaSnapshot(["old"]), "b": _DeltaSnapshot(["old"])}, ("a", 0))
     chain.add({"a": _DeltaSnapshot([1])}, ("a", 1), ("b", 1), counted=["b"])

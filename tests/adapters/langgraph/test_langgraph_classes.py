@@ -126,7 +126,7 @@ SCHEMAS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def asking(schema: Any, value: Any, **schemas: Any) -> StateGraph[Any, Any]:
+def asking_graph(schema: Any, value: Any, **schemas: Any) -> StateGraph[Any, Any]:
     """A graph that stores *value*, asks, and goes on with the value that it reads back."""
 
     def ask(state: Any) -> Any:
@@ -149,8 +149,8 @@ def opened(engine: Engine, **options: Any) -> MemStateCheckpointer:
 def test_a_value_comes_back_as_the_class_that_the_schema_names(engine: Engine, kind: str) -> None:
     """The same kind: a list in a model, a union in a TypedDict in a dataclass, a TypeVar's bound, a `type` alias."""
     schema, value = SCHEMAS[kind]
-    asking(schema, value).compile(checkpointer=opened(engine)).invoke({}, CONFIG)
-    again = asking(schema, value).compile(checkpointer=opened(engine))
+    asking_graph(schema, value).compile(checkpointer=opened(engine)).invoke({}, CONFIG)
+    again = asking_graph(schema, value).compile(checkpointer=opened(engine))
     assert again.invoke(Command(resume="yes"), CONFIG)["seen"] == [f"{type(value).__name__} {value!r}"]
     assert [state.values["value"] for state in again.get_state_history(CONFIG) if state.values.get("value")] == [
         value
@@ -164,7 +164,7 @@ def test_a_class_of_a_function_comes_back(engine: Engine) -> None:
         status: Status
 
     value = Local(status=Status.OPEN)
-    graph = asking(list[Local], [value]).compile(checkpointer=opened(engine))
+    graph = asking_graph(list[Local], [value]).compile(checkpointer=opened(engine))
     graph.invoke({}, CONFIG)
     assert graph.get_state(CONFIG).values["value"] == [value]
     assert type(graph.get_state(CONFIG).values["value"][0]) is Local
@@ -172,8 +172,8 @@ def test_a_class_of_a_function_comes_back(engine: Engine) -> None:
 
 def test_asyncio_reads_the_same(engine: Engine) -> None:
     async def run() -> Any:
-        await asking(Ticket, TICKET).compile(checkpointer=opened(engine)).ainvoke({}, CONFIG)
-        again = asking(Ticket, TICKET).compile(checkpointer=opened(engine))
+        await asking_graph(Ticket, TICKET).compile(checkpointer=opened(engine)).ainvoke({}, CONFIG)
+        again = asking_graph(Ticket, TICKET).compile(checkpointer=opened(engine))
         await again.ainvoke(Command(resume="yes"), CONFIG)
         return (await again.aget_state(CONFIG)).values["value"]
 
@@ -204,10 +204,10 @@ def test_the_schemas_of_input_output_context_and_nodes_count(engine: Engine) -> 
     assert again.invoke(Command(resume="done"), CONFIG) == {"seen": ["done"]}
 
 
-def test_subgraphs_read_what_their_own_schemas_name(engine: Engine) -> None:
+def test_subgraphs_read_classes_of_their_own_schemas(engine: Engine) -> None:
     def build() -> Any:
         outer = StateGraph(TypedDict("outer", {"seen": list[str]}))  # type: ignore[misc]
-        outer.add_node("inner", asking(Point, Point(7)).compile()).add_edge(START, "inner")
+        outer.add_node("inner", asking_graph(Point, Point(7)).compile()).add_edge(START, "inner")
         return outer.compile(checkpointer=opened(engine))
 
     build().invoke({}, CONFIG)
@@ -247,7 +247,7 @@ def test_values_of_an_entrypoint_come_back(engine: Engine) -> None:
 
 def test_a_copied_thread_reads_the_same(engine: Engine) -> None:
     saver = opened(engine)
-    graph = asking(Ticket, TICKET).compile(checkpointer=saver)
+    graph = asking_graph(Ticket, TICKET).compile(checkpointer=saver)
     graph.invoke({}, CONFIG)
     saver.copy_thread("t", "u")
     assert graph.get_state({"configurable": {"thread_id": "u"}}).values["value"] == TICKET
@@ -262,11 +262,11 @@ def test_class_that_no_schema_names_is_refused(engine: Engine) -> None:
     for schema, value in ((Any, [AIMessage("x"), TICKET]), (Any, Place(1, Status.OPEN)), (datetime, Day(2026, 1, 1))):
         saver = opened(engine)
         saver.delete_thread("t")
-        graph = asking(schema, value).compile(checkpointer=saver)
+        graph = asking_graph(schema, value).compile(checkpointer=saver)
         graph.invoke({}, CONFIG)
         with pytest.raises(MemstateError, match=r"is not allowed.*allow=\[(Status|Day)\]"):
             graph.get_state(CONFIG)
-        allowed = asking(schema, value).compile(checkpointer=opened(engine, allow=[Ticket, Place, Day]))
+        allowed = asking_graph(schema, value).compile(checkpointer=opened(engine, allow=[Ticket, Place, Day]))
         assert repr(allowed.get_state(CONFIG).values["value"]) == repr(value)
 
 
@@ -292,7 +292,7 @@ def test_allow_takes_a_schema_for_all_that_it_names(engine: Engine) -> None:
     assert build(allow=[Inner]).invoke(Command(resume="yes"), CONFIG) == f"yes {point!r}"
 
 
-def test_a_class_that_is_gone_or_refuses_is_an_error(engine: Engine) -> None:
+def test_a_missing_or_refusing_class_is_an_error(engine: Engine) -> None:
     """An enum lacks the stored member, or a class was renamed. The error shows nothing of the value."""
     serde = StateSerializer([Status, Level])
     stored = serde.dumps_typed({"a": Status.OPEN})
@@ -302,12 +302,12 @@ def test_a_class_that_is_gone_or_refuses_is_an_error(engine: Engine) -> None:
     with pytest.raises(MemstateError, match="Statue does not exist any more"):
         by_name.loads_typed((stored[0], stored[1].replace(b"Status", b"Statue")))
     other = StateSerializer([Enum("Status", {"CLOSED": "closed"}, module=__name__)])
-    with pytest.raises(MemstateError, match=r"Status does not accept what was stored \(ValueError\)") as raised:
+    with pytest.raises(MemstateError, match=r"Status does not accept the stored value \(ValueError\)") as raised:
         other.loads_typed(stored)
     assert "open" not in str(raised.value)
 
 
-def test_json_of_older_checkpoints_is_held_to_the_same(engine: Engine) -> None:
+def test_json_of_older_checkpoints_follows_the_same_rules(engine: Engine) -> None:
     """A checkpoint imported from LangGraph's own savers. A class that was not allowed used to come back as its
     description.
     """
@@ -332,7 +332,7 @@ def test_other_checkpointers_are_not_made_strict(engine: Engine) -> None:
     """The application's own serializer stays as it was. allow= cannot change it, so this is refused."""
     from langgraph.checkpoint.memory import InMemorySaver
 
-    graph = asking(Any, TICKET).compile(checkpointer=InMemorySaver())
+    graph = asking_graph(Any, TICKET).compile(checkpointer=InMemorySaver())
     graph.invoke({}, CONFIG)
     assert graph.get_state(CONFIG).values["value"] == TICKET
     with pytest.raises(MemstateError, match="serde="):
@@ -344,7 +344,7 @@ def test_a_stored_name_imports_nothing(engine: Engine) -> None:
     import sys
 
     saver = opened(engine)
-    graph = asking(Ticket, TICKET).compile(checkpointer=saver)
+    graph = asking_graph(Ticket, TICKET).compile(checkpointer=saver)
     graph.invoke({}, CONFIG)
     assert len("test_langgraph_kill_me") == len("test_langgraph_classes")
     evil = (

@@ -311,7 +311,7 @@ async def test_node_does_not_commit_an_inner_timeout_that_it_caught(world: World
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_an_attempt_that_begins_no_step_takes_over_none(agent: Agent, inside: bool) -> None:
+def test_an_attempt_without_a_step_does_not_commit_an_earlier_one(agent: Agent, inside: bool) -> None:
     """The first attempt's facts are rolled back, although the task succeeds later.
 
     The same kind: a step of a graph that the first attempt called, and that left to it.
@@ -360,7 +360,7 @@ def test_a_command_to_a_graph_that_saves_nothing_is_refused(agent: Agent, saver:
     outer = coroutine if agent.coroutines else lambda state: inner.invoke(state, durability=durability)
     builder = one("alice", outer, destinations=("bob",)).add_node("bob", lambda state: {"trail": ["bob"]})
     graph = builder.compile(checkpointer=agent.saver if saver else None)
-    with pytest.raises(MemstateError, match="no checkpoints as it goes" if saver else "has no checkpointer"):
+    with pytest.raises(MemstateError, match="does not save checkpoints" if saver else "has no checkpointer"):
         agent.run(graph, durability=saver and "exit")
     assert agent.tags() == []
 
@@ -470,7 +470,7 @@ def test_a_step_of_a_called_task_commits_with_its_result(world: World, in_a_node
 
 
 @pytest.mark.parametrize("beside", ["a task", "a chain", "another attempt"])
-def test_a_step_of_a_called_task_outlives_what_begins_beside_it(world: World, beside: str) -> None:
+def test_a_step_of_a_called_task_survives_work_that_begins_beside_it(world: World, beside: str) -> None:
     """Functions under @task share the callbacks of the node that calls them, so each sees when another one begins.
 
     The same kind: a graph or a model that the node calls at the same time, a sibling that is tried again. Only the next

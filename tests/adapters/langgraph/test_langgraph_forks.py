@@ -107,7 +107,7 @@ def test_a_run_that_cannot_be_saved_whole_says_so(engine: Engine) -> None:
 
         graph_of(saver, Growing).invoke({"big": BIG, "trail": ["in"]}, CONFIG)
         graph = graph_of(saver, Growing, b=delete)
-        with pytest.raises(ConflictError, match="follows was deleted"):
+        with pytest.raises(ConflictError, match="parent was deleted"):
             graph.invoke({"trail": ["again"]}, CONFIG, durability="sync")
         assert list(saver.list(CONFIG)) == []
 

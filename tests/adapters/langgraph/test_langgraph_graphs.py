@@ -130,7 +130,7 @@ def test_history_is_newest_first(saver: MemStateCheckpointer) -> None:
     assert [snapshot.metadata["step"] for snapshot in graph.get_state_history(config(), limit=2)] == [2, 1]
 
 
-def test_a_fork_leaves_what_it_forks_from(saver: MemStateCheckpointer) -> None:
+def test_a_fork_leaves_its_origin_unchanged(saver: MemStateCheckpointer) -> None:
     """Two branches that write the same channel at the same step both keep their own value."""
     graph = line(saver, "a", "b", "c")
     graph.invoke({"trail": ["in"]}, config())
@@ -266,7 +266,7 @@ def test_a_delta_channel_outlives_pruning(saver: MemStateCheckpointer, durabilit
     assert graph.invoke({"trail": ["more"]}, config())["trail"] == [*expected, "more", "a"]
 
 
-def test_pruning_keeps_what_a_thread_needs_and_no_more(saver: MemStateCheckpointer) -> None:
+def test_pruning_keeps_only_the_rows_that_a_thread_needs(saver: MemStateCheckpointer) -> None:
     """The latest state and its blobs stay. A subgraph's checkpoints go with the checkpoint that called it."""
     inner = StateGraph(State).add_node("x", step("x")).add_edge(START, "x").compile()
     builder = StateGraph(State).add_node("inner", inner).add_node("b", step("b"))
@@ -443,7 +443,7 @@ def test_forked_versions_do_not_collide(saver: MemStateCheckpointer) -> None:
         assert a != b and (current is None or (a > current and b > current))
 
 
-def test_filters_bind_what_they_are_given(saver: MemStateCheckpointer) -> None:
+def test_filters_bind_their_values(saver: MemStateCheckpointer) -> None:
     """Names and values may be of any kind, including some that are neither SQL nor a path."""
     odd = {"a.b": 1, "it's": "o'clock", '"$': True, "none": None, "list": [1, {"a": 2}], "float": 1.5, "%s": "?"}
     graph = line(saver, "a")
@@ -486,7 +486,7 @@ def test_checkpoints_are_no_facts(world: World) -> None:
 
 
 def test_checkpointer_refuses_impossible_arguments(engine: Engine) -> None:
-    with pytest.raises(MemstateError, match="use a file"):
+    with pytest.raises(MemstateError, match="Use a file"):
         MemStateCheckpointer("sqlite://")
     with pytest.raises(MemstateError, match="not a database URL"):
         MemStateCheckpointer("nonsense")
@@ -504,7 +504,7 @@ async def test_checkpointer_takes_an_async_engine(engine: Engine) -> None:
         await saver.asetup()
         assert (await line(saver, "a").ainvoke({"trail": ["in"]}, config()))["trail"] == ["in", "a"]
     await made.dispose()
-    with pytest.raises(MemstateError, match="give a MemoryStore"):
+    with pytest.raises(MemstateError, match="pass a MemoryStore"):
         MemStateCheckpointer(42)  # type: ignore
 
 

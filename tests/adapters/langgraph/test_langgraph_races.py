@@ -219,7 +219,7 @@ _WAITING = text(
 )
 
 
-def test_a_batch_that_adds_what_another_changes(engine: Engine) -> None:
+def test_two_batches_that_add_and_change_items_do_not_deadlock(engine: Engine) -> None:
     """The first batch finds neither item, and adds both. A third writer adds one, and the second batch changes it.
 
     The second batch also adds the other item. It must do that before its change, or the two would deadlock.

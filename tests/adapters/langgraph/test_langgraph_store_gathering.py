@@ -171,7 +171,7 @@ def test_nodes_of_different_threads_are_labelled_by_their_own(store: MemStateSto
     assert set(values(store)) == {"b0", "b1", "b2"}
 
 
-def test_a_store_of_the_past_is_asked_apart(store: MemStateStore) -> None:
+def test_present_and_past_reads_are_gathered_separately(store: MemStateStore) -> None:
     store.put(NOTES, "k", {"n": 1})
     past = store.as_of(next(iter(transactions(store))))
     store.put(NOTES, "k", {"n": 2})

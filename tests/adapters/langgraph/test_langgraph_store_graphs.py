@@ -126,7 +126,7 @@ def test_transaction_in_a_node_keeps_its_own_labels(agent: Agent) -> None:
     assert (change.actor, change.reason, change.session_id) == ("me", "mine", "s")
 
 
-def test_a_step_is_one_transaction_with_what_its_node_puts(agent: Agent) -> None:
+def test_a_step_and_its_nodes_puts_are_one_transaction(agent: Agent) -> None:
     """A fact, an item and the state are saved together, or not at all."""
     fails = True
 

@@ -131,7 +131,7 @@ def test_item_prolonged_during_a_sweep_stays(store: MemStateStore, monkeypatch: 
     assert store.sweep_ttl() == 0
 
 
-def test_a_batch_reads_what_it_deletes_or_puts_itself(store: MemStateStore) -> None:
+def test_a_batch_reads_items_that_it_also_writes(store: MemStateStore) -> None:
     """It need not extend these items or wait for them, because it sets their end itself."""
     ops: list[Any] = [GetOp(NOTES, "old"), SearchOp(NOTES), PutOp(NOTES, "old", None), PutOp(NOTES, "young", {"n": 2})]
     assert [found(result) for result in store.batch(ops)] == [["old"], ["old", "young"], [], []]

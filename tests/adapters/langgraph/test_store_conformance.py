@@ -86,7 +86,7 @@ VALUES: list[Any] = [
 ]
 
 
-def test_an_item_is_what_was_put(store: BaseStore) -> None:
+def test_get_returns_the_value_that_was_put(store: BaseStore) -> None:
     for n, value in enumerate(VALUES):
         store.put(PEOPLE, str(n), value)
         item = store.get(PEOPLE, str(n))
@@ -167,7 +167,7 @@ def test_a_replaced_item_keeps_the_time_of_its_creation(our_store: BaseStore) ->
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def test_reads_of_a_batch_see_what_was_before_it(store: BaseStore) -> None:
+def test_reads_of_a_batch_see_the_items_before_it(store: BaseStore) -> None:
     store.put(PEOPLE, "ann", {"n": 1})
     results = store.batch(
         [
@@ -460,7 +460,7 @@ def test_other_operators_are_refused(documents: BaseStore) -> None:
 
 def test_comparison_with_an_unordered_value_is_refused(our_documents: BaseStore) -> None:
     for wanted in (None, True, [1], {"a": 1}):
-        with pytest.raises(ValueError, match="compares with a number or a string"):
+        with pytest.raises(ValueError, match="needs a number or a string"):
             our_documents.search(("docs",), filter={"v": {"$gt": wanted}})
 
 

@@ -116,7 +116,7 @@ def change(session: Session) -> None:
 
 @pytest.mark.parametrize("write", [add, execute, change])
 @pytest.mark.parametrize("is_open", [False, True])
-def test_closed_memory_captures_what_attached_sessions_write(
+def test_closed_memory_captures_writes_of_attached_sessions(
     world: World, write: Callable[[Session], None], is_open: bool
 ) -> None:
     """No write is lost silently: the next use of an attached Session opens the Memory again.

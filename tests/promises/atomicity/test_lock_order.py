@@ -89,7 +89,7 @@ def change(session: Session, *items: tuple[type[Any], str, str]) -> None:
     session.flush()
 
 
-def circle(
+def interleave(
     sessions: Sessions,
     first: Callable[[Session], None],
     both: Callable[[Session], Any],
@@ -128,7 +128,7 @@ def assert_logged(memory: Memory, session: Session, *models: type[Any]) -> None:
 def test_flush_of_two_classes_locks_as_the_unit_of_work(memory: Memory, sessions: Sessions, turned: bool) -> None:
     """The order is the same for every order of changes. Rows of one class are not all locked before the other's."""
     items = [(Animal, "a", "name"), (Note, "a", "content")]
-    circle(
+    interleave(
         sessions,
         lambda session: change(session, items[0]),
         lambda session: change(session, *(reversed(items) if turned else items)),
@@ -146,7 +146,7 @@ def test_flush_locks_strings_as_python_sorts_them(
     classes.
     """
     first, second = ((model, key, attribute) for key in KEYS)
-    circle(
+    interleave(
         sessions,
         lambda session: change(session, first),
         lambda session: change(session, second, first),
@@ -197,7 +197,7 @@ def test_bulk_update_of_a_part_locks_the_first_row_first(memory: Memory, session
         else:
             session.execute(update(Dog).where(Dog.id == "a").values(trick="y"))
 
-    circle(
+    interleave(
         sessions,
         lambda session: change(session, (Dog, "a", "name")),
         bulk,
@@ -213,7 +213,7 @@ def test_undo_locks_classes_in_the_order_of_a_flush(memory: Memory, sessions: Se
         session.commit()
         tx = memory.token(session)
     assert tx is not None
-    circle(
+    interleave(
         sessions,
         lambda session: change(session, items[0]),
         lambda session: memory.rollback(session, tx=tx, on_conflict="skip"),
@@ -231,7 +231,7 @@ def test_upsert_locks_rows_in_the_order_of_its_values(memory: Memory, sessions: 
         changed = statement.on_conflict_do_update(index_elements=["id"], set_={"content": statement.excluded.content})
         return lambda session: session.execute(changed)
 
-    circle(sessions, upsert("b"), upsert("b", "a"), upsert("a"))
+    interleave(sessions, upsert("b"), upsert("b", "a"), upsert("a"))
 
 
 def test_unique_values_are_claimed_in_one_order(memory: Memory, sessions: Sessions) -> None:
@@ -241,7 +241,7 @@ def test_unique_values_are_claimed_in_one_order(memory: Memory, sessions: Sessio
         return lambda session: session.execute(insert(Email), [{"id": id_, "address": a} for id_, a in rows])
 
     with pytest.raises(ConflictError, match="same value"):
-        circle(sessions, add((1, "a@x")), add((2, "z@x"), (3, "a@x")), add((4, "z@x")))
+        interleave(sessions, add((1, "a@x")), add((2, "z@x"), (3, "a@x")), add((4, "z@x")))
 
 
 def test_a_row_that_another_session_logs_first_has_one_baseline(memory: Memory, sessions: Sessions) -> None:
@@ -265,7 +265,7 @@ def test_a_row_that_another_session_logs_first_has_one_baseline(memory: Memory, 
 
 @pytest.mark.deep_on("trigger")
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_eight_threads_wait_for_each_other_in_no_circle(postgres_engine: Engine, capture: Any) -> None:
+def test_eight_threads_do_not_deadlock(postgres_engine: Engine, capture: Any) -> None:
     """Each flush changes two classes and several keys. A DeadlockDetected would be among the errors."""
     Base.metadata.create_all(postgres_engine)
     engine = create_engine(postgres_engine.url, pool_size=8)

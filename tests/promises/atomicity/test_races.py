@@ -261,7 +261,7 @@ def test_undo_is_right_while_its_entries_are_folded(
     assert folded
 
 
-def test_undo_passes_a_step_that_another_undoes_first(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_skips_a_step_that_another_undoes_first(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another undo comes between finding the steps and locking them. Its step does not count as one of the two."""
     world = World(postgres_engine)
     for name in "abcd":

@@ -27,7 +27,7 @@ def world(postgres_engine: Engine) -> Iterator[World]:
     made.memory.close()
 
 
-def locked(connection: Connection) -> dict[str, set[str]]:
+def predicate_locks(connection: Connection) -> dict[str, set[str]]:
     """This transaction's predicate locks: the kinds (tuple, page, relation) by table or index."""
     found: dict[str, set[str]] = {}
     of_mine = "FROM pg_locks WHERE mode = 'SIReadLock' AND pid = pg_backend_pid()"
@@ -46,7 +46,7 @@ def test_new_rows_are_no_conflict(world: World, serializable: Engine) -> None:
             for number, connection in enumerate((one, other)):
                 new = f"SELECT '{rows} {number} ' || n, 'x' FROM generate_series(1, {rows}) n"
                 connection.execute(text(f"INSERT INTO tag (name, meaning) {new}"))
-                assert locked(connection).keys() == set()
+                assert predicate_locks(connection).keys() == set()
             one.commit()
             other.commit()
     sessions = sessionmaker(serializable)
@@ -64,7 +64,7 @@ def test_new_rows_are_no_conflict(world: World, serializable: Engine) -> None:
 
 
 @pytest.mark.parametrize(("rows", "analyzed"), [(3, True), (300, True), (300, False)])
-def test_a_change_reads_only_what_is_known_of_its_row(
+def test_a_change_reads_only_the_entries_of_its_row(
     world: World, serializable: Engine, postgres_engine: Engine, rows: int, analyzed: bool
 ) -> None:
     """With any statistics, neither the whole log nor all entries of the class are read."""
@@ -77,7 +77,7 @@ def test_a_change_reads_only_what_is_known_of_its_row(
     for statement in ("UPDATE tag SET meaning = 'y' WHERE name = 'tag 2'", "DELETE FROM tag WHERE name = 'tag 2'"):
         with serializable.begin() as connection:
             connection.execute(text(statement))
-            found = locked(connection)
+            found = predicate_locks(connection)
             assert "relation" not in {kind for name in ("memstate_log", "ix_memstate_log_key") for kind in found[name]}
             assert not found.keys() & {"memstate_outbox", "memstate_transaction", "memstate_trigger_context"}
             pages = (
@@ -96,7 +96,7 @@ def test_transaction_without_tracked_writes_does_not_read_the_log(world: World, 
     with sessions() as session:
         session.execute(text("INSERT INTO other VALUES (1)"))
         world.memory._capture._before_commit(session)
-        assert locked(session.connection()).keys() == set()
+        assert predicate_locks(session.connection()).keys() == set()
         session.commit()
 
 
@@ -130,7 +130,7 @@ def test_changes_by_application_triggers_are_logged(
         assert {tag.name: tag.meaning for tag in session.query(Tag)} == {"a!": "x", "c!": "changed"}
 
 
-def test_cascades_are_logged_as_they_became(world: World, serializable: Engine) -> None:
+def test_cascades_are_logged_with_their_results(world: World, serializable: Engine) -> None:
     """One statement deletes some rows and changes others, several times."""
     with serializable.begin() as connection:
         tags = "('a', 'x', 1, 1), ('b', 'x', 2, 1), ('c', 'x', 1, 2), ('d', 'x', NULL, 1)"

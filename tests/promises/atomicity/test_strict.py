@@ -119,7 +119,7 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def left_behind(engine: Engine) -> int:
+def count_intents(engine: Engine) -> int:
     """The number of transactions with an intent beside a SQLite file."""
     if engine.dialect.name != "sqlite":
         return 0
@@ -149,7 +149,7 @@ def test_the_index_holds_the_row_right_after_commit(app: App) -> None:
         app.assert_holds(a="one", b="two", c="three")
         session.commit()
     app.assert_holds(a="uno", d="four")
-    assert left_behind(app.engine) == 0
+    assert count_intents(app.engine) == 0
     app.assert_in_step()
 
 
@@ -206,7 +206,7 @@ def test_an_embedder_that_fails_vetoes_and_leaves_no_trace(app: App, monkeypatch
     assert app.contents() == {"a": "one"}
     with app.engine.connect() as connection:
         assert set(connection.scalars(select(outbox.c.key).where(outbox.c.intent))) == {'["a"]'}
-    assert left_behind(app.engine) == 0
+    assert count_intents(app.engine) == 0
 
 
 def test_write_to_one_index_is_taken_back_when_another_fails(engine: Engine) -> None:
@@ -269,7 +269,7 @@ def test_an_undo_is_in_the_index_when_it_is_committed(app: App) -> None:
     app.assert_in_step()
 
 
-def test_what_triggers_capture_is_written_too(engine: Engine) -> None:
+def test_changes_that_triggers_capture_are_written_too(engine: Engine) -> None:
     app = App(engine, capture="trigger")
     app.say(a="one", b="two")
     with app.sessions() as session:
@@ -321,7 +321,7 @@ def test_a_transaction_that_rolls_back_after_the_write_is_taken_back(app: App, h
             session.commit()
         app.assert_holds(a="never committed", c="never committed")
         getattr(session, how)()
-    assert left_behind(app.engine) == 0
+    assert count_intents(app.engine) == 0
     app.relay.drain()
     app.assert_holds(a="one", b="two")
 
@@ -343,7 +343,7 @@ def test_a_transaction_around_the_sessions_own_decides(app: App) -> None:
         outer.rollback()
     app.relay.drain()
     app.assert_holds(a="one")
-    assert left_behind(app.engine) == 0
+    assert count_intents(app.engine) == 0
 
 
 def test_a_call_that_lands_late_is_overwritten(engine: Engine) -> None:
@@ -370,7 +370,7 @@ def test_a_call_that_lands_late_is_overwritten(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("consistency", ["fresh", "eventual"])
-def test_search_never_shows_what_sql_does_not_hold(engine: Engine, consistency: Any) -> None:
+def test_search_never_shows_rows_that_sql_does_not_hold(engine: Engine, consistency: Any) -> None:
     """This holds between the write and COMMIT, and after a rollback until the relay has run."""
     index = Hooked()
     app = App(engine, index)
@@ -650,7 +650,7 @@ def test_a_crash_is_recovered(engine: Engine, point: str, monkeypatch: pytest.Mo
     assert app.contents() == ({"a": "new", "c": "new"} if point == "after COMMIT" else {"a": "one", "b": "two"})
     later = App(engine, app.index)
     later.assert_in_step()
-    assert left_behind(engine) == 0
+    assert count_intents(engine) == 0
     later.memory.close()
     app.memory.close()
 
@@ -713,7 +713,7 @@ def test_index_converges_after_sigkill_before_commit(engine: Engine, tmp_path: P
 
     eventually(recovered)
     app.assert_holds(a="one", b="two")
-    assert left_behind(engine) == 0
+    assert count_intents(engine) == 0
     relay.stop()
     app.memory.close()
 
@@ -727,7 +727,7 @@ def test_an_intent_that_was_cut_off_announces_nothing(sqlite_engine: Engine, tmp
     folder = tmp_path / "facts.db.memstate-intents"
     (folder / "cut off").write_bytes(b"\0\0\0\0\n")
     app.assert_in_step()
-    assert left_behind(sqlite_engine) == 0
+    assert count_intents(sqlite_engine) == 0
     app.memory.close()
 
 
@@ -749,7 +749,7 @@ def test_running_relay_finds_intents_of_another_process(sqlite_engine: Engine, m
     with other.relay:
         with pytest.raises(Crash):
             app.say(a="never committed")
-        eventually(lambda: left_behind(sqlite_engine) == 0)
+        eventually(lambda: count_intents(sqlite_engine) == 0)
     other.assert_in_step()
     other.assert_holds(a="one")
     other.memory.close()

@@ -112,7 +112,7 @@ def test_autocommit_is_refused(postgres_engine: Engine) -> None:
     ):
         with world.sessions(bind=engine) as session:
             session.add(Tag(name="x"))
-            with pytest.raises(UntrackedWrite, match="in AUTOCOMMIT each statement is a transaction of its own"):
+            with pytest.raises(UntrackedWrite, match="In AUTOCOMMIT each statement is a transaction of its own"):
                 session.flush()
         engine.dispose()
     assert names(world) == set()

@@ -26,7 +26,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(absent_keys, "LOCK_WAIT_S", 60.0)
 
 
-def forgotten(world: World, content: str = "secret") -> bool:
+def is_erased(world: World, content: str = "secret") -> bool:
     with world.session() as session:
         images = session.connection().scalars(select(log.c.image)).all()
         return content not in str(images) and content not in str(world.rows(Person, session))
@@ -79,7 +79,7 @@ def test_erase_waits_for_a_row_that_is_being_added(
             getattr(other, ending)()
             done = erased.result(60)
     assert done is (isolation == "READ COMMITTED" or ending == "rollback")
-    assert not done or (forgotten(world, "old") and forgotten(world, "new"))
+    assert not done or (is_erased(world, "old") and is_erased(world, "new"))
     world.assert_in_step()
 
 
@@ -117,7 +117,7 @@ def test_erase_after_its_own_delete_waits_for_no_writer(
         world.memory.erase(session, Person, 5)
         session.commit()
         other.commit()
-    assert forgotten(world)
+    assert is_erased(world)
     world.assert_in_step()
 
 
@@ -134,7 +134,7 @@ def test_erase_is_refused_while_a_writer_stays_open(postgres_engine: Engine, mon
             world.memory.erase(session, Person, 5)
         session.commit()
         other.commit()
-    assert not forgotten(world)
+    assert not is_erased(world)
     world.assert_in_step()
 
 
@@ -174,7 +174,7 @@ def test_erase_waits_for_an_undo_of_the_deletion(
             other.commit()
             done = erased.result(60)
     assert done is (isolation == "READ COMMITTED")
-    assert not done or forgotten(world)
+    assert not done or is_erased(world)
     world.assert_in_step()
 
 
@@ -213,7 +213,7 @@ def test_undo_waits_for_an_erasure(
             assert not undone.done(), undone.exception()
             session.commit()
             undone.result(60)
-    assert forgotten(world)
+    assert is_erased(world)
     world.assert_in_step()
 
 
@@ -303,7 +303,7 @@ def test_import_waits_for_a_row_that_is_being_added(
     file.seek(0)
     world = World(postgres_engine, capture=capture)
 
-    def take_in() -> bool:
+    def import_file() -> bool:
         try:
             world.memory.import_facts(postgres_engine, file)
         except ConflictError:
@@ -313,7 +313,7 @@ def test_import_waits_for_a_row_that_is_being_added(
     with world.session() as other:
         other.add(Person(id=5, name="n", about="mine"))
         other.flush()
-        with beside(postgres_engine, take_in) as taken:
+        with beside(postgres_engine, import_file) as taken:
             assert not taken.done(), taken.exception()
             getattr(other, ending)()
             assert taken.result(60) is (ending == "rollback")

@@ -56,7 +56,7 @@ def test_nothing_is_sent_for_an_invalid_object(sessions: Any) -> None:
         seen = statements(session.get_bind())
         wrong = Preference(content="x", strength=11)
         session.add(wrong)
-        with pytest.raises(ValidationFailed, match="Preference may not be remembered: content: ") as caught:
+        with pytest.raises(ValidationFailed, match="Cannot save this Preference: content: ") as caught:
             session.commit()
         assert not [s for s in seen if s.startswith("INSERT")]
         assert [(e["type"], e["loc"]) for e in caught.value.errors] == [
@@ -92,7 +92,7 @@ def test_missing_values_are_invalid_unless_a_default_comes(sessions: Any) -> Non
         assert session.execute(select(Preference.strength, Preference.low)).one() == (5, 1)
 
 
-def test_what_the_database_computes_is_checked_too(sessions: Any) -> None:
+def test_values_that_the_database_computes_are_checked_too(sessions: Any) -> None:
     """Defaults and SQL expressions are known after the statement. The flush fails, and nothing is kept."""
     with sessions() as session:
         session.add(Preference(content="fine", strength=0))  # low defaults to 1 in the database
@@ -142,7 +142,7 @@ def test_only_the_schemas_own_fields_are_given_to_it(engine: Engine) -> None:
 def test_a_schema_must_be_a_model() -> None:
     """A clear error is raised at declaration."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    with pytest.raises(MemstateError, match="give a Pydantic model class"):
+    with pytest.raises(MemstateError, match="not a Pydantic model class"):
         memory.track(Preference, text="content", schema={"content": str})
 
 
@@ -155,7 +155,7 @@ def test_unique_and_immutable_violations_are_refused(engine: Engine) -> None:
         session.add_all([Preference(content="tea"), Preference(content=None), Preference(content=None)])
         session.commit()
         session.add(Preference(content="tea"))
-        with pytest.raises(ConflictError, match="must be unique"):
+        with pytest.raises(ConflictError, match="same value of unique_by"):
             session.commit()
         session.rollback()
         session.get_one(Preference, 1).strength = 1

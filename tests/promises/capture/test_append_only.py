@@ -212,7 +212,7 @@ def test_a_slow_transaction_still_logs(postgres_engine: Engine) -> None:
     world.memory.close()
 
 
-def test_a_log_that_has_numbered_nothing_takes_any_id(postgres_engine: Engine) -> None:
+def test_a_log_without_entries_takes_any_id(postgres_engine: Engine) -> None:
     """A restored dump (data only) inserts in any order, and sets the sequence last."""
     metadata.create_all(postgres_engine)
     with postgres_engine.begin() as connection:
@@ -235,7 +235,7 @@ def test_entries_after_an_id_of_the_future_follow_it(world: World) -> None:
 # -- permitted changes -------------------------------------------------------------------------------------------------
 
 
-def told(connection: Connection) -> Any:
+def rewrite_permission(connection: Connection) -> Any:
     if connection.dialect.name == "postgresql":
         return connection.scalar(text("SELECT nullif(current_setting('memstate.rewrite', true), '')"))
     return connection.scalar(select(trigger_context.c.name))
@@ -246,7 +246,7 @@ def test_log_changes_only_inside_rewriting(world: World) -> None:
     with world.engine.begin() as connection:
         with rewriting(connection):
             connection.execute(update(log).values(tx="rewritten"))
-        assert told(connection) is None
+        assert rewrite_permission(connection) is None
         with pytest.raises(IntegrityError, match=MESSAGE), connection.begin_nested():
             connection.execute(delete(log))
     assert {row.tx for row in contents(world.engine)} == {"rewritten"}
@@ -254,11 +254,11 @@ def test_log_changes_only_inside_rewriting(world: World) -> None:
         with pytest.raises(ZeroDivisionError), rewriting(connection):
             connection.execute(delete(log))
             raise ZeroDivisionError
-        assert told(connection) is None
+        assert rewrite_permission(connection) is None
         with pytest.raises(IntegrityError, match=MESSAGE), connection.begin_nested():
             connection.execute(delete(log))
     with world.engine.connect() as connection:
-        assert told(connection) is None
+        assert rewrite_permission(connection) is None
         with rewriting(connection):
             connection.execute(delete(log))
             if world.engine.dialect.name == "postgresql":  # SQLite has one writer
@@ -267,7 +267,7 @@ def test_log_changes_only_inside_rewriting(world: World) -> None:
         connection.rollback()
     assert len(contents(world.engine)) == 2
     with world.engine.connect() as connection:
-        assert told(connection) is None
+        assert rewrite_permission(connection) is None
 
 
 def test_retention_folds_the_log(world: World) -> None:
@@ -278,7 +278,7 @@ def test_retention_folds_the_log(world: World) -> None:
     world.memory.relay(world.engine, retention=Retention(log=timedelta(days=1))).drain()
     assert [(row.key, row.op) for row in contents(world.engine)] == [('["b"]', "baseline"), ('["a"]', "baseline")]
     with world.engine.begin() as connection:
-        assert told(connection) is None
+        assert rewrite_permission(connection) is None
     world.assert_in_step()
     with pytest.raises(IntegrityError, match=MESSAGE):
         by_session(world, delete(log))
@@ -329,7 +329,7 @@ def test_disabled_or_replaced_trigger_is_reported(world: World) -> None:
     assert world.memory.doctor(world.engine).healthy
 
 
-def test_create_all_installs_them_and_drop_all_leaves_nothing(world: World) -> None:
+def test_create_all_installs_triggers_and_drop_all_leaves_nothing(world: World) -> None:
     """A migration may create the tables without a Memory."""
     metadata.drop_all(world.engine)
     with world.engine.connect() as connection:

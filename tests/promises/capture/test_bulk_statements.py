@@ -103,7 +103,7 @@ def test_autoflush_false_is_heeded(engine: Engine, way: str) -> None:
     app.assert_log_is_truth()
 
 
-def test_a_pending_change_outlives_an_attempt_that_is_taken_back(engine: Engine) -> None:
+def test_a_pending_change_survives_an_attempt_that_is_undone(engine: Engine) -> None:
     """Another listener turns the statement to other rows, so it runs twice. Unflushed changes survive this."""
     app = users_of(engine)
     event.listen(app.sessions, "do_orm_execute", _to_user_3)
@@ -404,7 +404,7 @@ def test_a_where_that_matches_other_rows_each_time_is_refused_on_sqlite(sqlite_e
     with app.session() as session:
         before = app.rows(User, session)
         drawn = select(func.draw()).scalar_subquery()
-        with pytest.raises(UntrackedWrite, match="matches other rows each time it is evaluated; select their primary"):
+        with pytest.raises(UntrackedWrite, match=r"matches other rows each time it is evaluated\. Select the primary"):
             session.execute(dml.where(User.id == drawn))
         session.commit()
     assert app.rows(User) == before
@@ -473,7 +473,7 @@ RESULTS: dict[str, Callable[[Session], Any]] = {
 
 
 @pytest.mark.parametrize("name", RESULTS)
-def test_a_result_has_what_a_cursor_result_has(engine: Engine, name: str) -> None:
+def test_a_result_has_all_of_a_cursor_result(engine: Engine, name: str) -> None:
     app = users_of(engine)
     with Session(engine) as plain:
         expected = RESULTS[name](plain)
@@ -500,7 +500,7 @@ def test_return_defaults_is_captured_where_it_tells_the_keys(engine: Engine) -> 
         many = session.execute(inserting, [{"id": 8, "name": "u8"}, {"id": 9, "name": "u9"}])
         assert [row.text for row in many.returned_defaults_rows] == ["said nothing"] * 2  # type: ignore[attr-defined]
         session.commit()
-        with pytest.raises(UntrackedWrite, match=r"return_defaults\(\) does not tell all keys"):
+        with pytest.raises(UntrackedWrite, match=r"return_defaults\(\) does not return the keys of all rows"):
             session.execute(inserting.values([{"id": 10, "name": "u10"}, {"id": 11, "name": "u11"}]))
         session.commit()
     assert sorted(app.rows(User)) == [1, 2, 3, 4, 5, 8, 9]

@@ -351,12 +351,12 @@ UNTRACKED = {
 
 
 @pytest.mark.parametrize("way", UNTRACKED)
-def test_what_cannot_be_captured_is_refused(world: World, way: str) -> None:
+def test_statements_that_cannot_be_captured_are_refused(world: World, way: str) -> None:
     """UntrackedWrite is raised before anything is sent. It names the statement and the alternative."""
     with world.session() as session:
         session.add(Tag(name="a"))
         session.commit()
-        with pytest.raises(UntrackedWrite, match=r"(INSERT|UPDATE|DELETE) on tag would bypass the log of Tag: "):
+        with pytest.raises(UntrackedWrite, match=r"(INSERT|UPDATE|DELETE) on tag would bypass the log of Tag\. "):
             UNTRACKED[way](session)
         session.rollback()
         assert session.scalars(select(Tag.name)).all() == ["a"]
@@ -499,7 +499,7 @@ def test_attach_takes_every_kind_of_session(engine: Engine, kind: str) -> None:
     session.close()
 
 
-def test_attach_refuses_what_it_cannot_listen_to() -> None:
+def test_attach_refuses_objects_that_it_cannot_listen_to() -> None:
     """The error names the types that it takes."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     for wrong in (create_engine("sqlite://"), "session", None):

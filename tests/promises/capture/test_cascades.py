@@ -41,7 +41,7 @@ def models(*, ondelete: str | None = None, onupdate: str | None = None, **option
     return Owner, Leaf
 
 
-def started(engine: Engine, *tracked: Any, capture: Any = "session") -> tuple[Memory, list[str]]:
+def start(engine: Engine, *tracked: Any, capture: Any = "session") -> tuple[Memory, list[str]]:
     """A Memory after its first Session, and the warnings until then."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     for model in tracked:
@@ -60,7 +60,7 @@ def started(engine: Engine, *tracked: Any, capture: Any = "session") -> tuple[Me
     return memory, [str(each.message) for each in caught]
 
 
-def diagnosed(memory: Memory, engine: Engine) -> list[Any]:
+def diagnose(memory: Memory, engine: Engine) -> list[Any]:
     return [each for each in memory.doctor(engine).problems if "foreign key" in each.message]
 
 
@@ -94,8 +94,8 @@ def test_a_cascade_that_no_session_sees_is_warned_of_and_diagnosed(engine: Engin
     """The warning comes once, and points to the application's line. The same kind: composite keys, other schemas."""
     options, is_parent_tracked, message = UNSEEN[name]
     owner, leaf = models(**options)
-    memory, warned = started(engine, *([owner] if is_parent_tracked else []), leaf)
-    [problem] = diagnosed(memory, engine)
+    memory, warned = start(engine, *([owner] if is_parent_tracked else []), leaf)
+    [problem] = diagnose(memory, engine)
     assert problem.subject == "leaf" and isinstance(problem, Risk)
     assert warned == [problem.message]
     assert re.search(message, problem.message) and "capture='trigger'" in problem.message
@@ -106,16 +106,16 @@ def test_a_cascade_that_no_session_sees_is_warned_of_and_diagnosed(engine: Engin
 def test_cascade_that_sessions_see_is_not_warned_of(engine: Engine, name: str) -> None:
     """The unit of work does the same before the database would."""
     owner, leaf = models(**SEEN[name])
-    memory, warned = started(engine, owner, leaf)
-    assert warned == [] and diagnosed(memory, engine) == []
+    memory, warned = start(engine, owner, leaf)
+    assert warned == [] and diagnose(memory, engine) == []
     memory.close()
 
 
 def test_triggers_see_every_cascade(engine: Engine) -> None:
     """This includes the cascade from a parent that is not tracked."""
     _, leaf = models(ondelete="CASCADE", onupdate="CASCADE")
-    memory, warned = started(engine, leaf, capture="trigger")
-    assert warned == [] and diagnosed(memory, engine) == []
+    memory, warned = start(engine, leaf, capture="trigger")
+    assert warned == [] and diagnose(memory, engine) == []
     memory.close()
 
 
@@ -142,16 +142,16 @@ def test_a_chain_names_where_it_begins(engine: Engine) -> None:
         branch_id: Mapped[int | None] = mapped_column(ForeignKey("branch.id", ondelete="CASCADE"))
         leaf_id: Mapped[int | None] = mapped_column(ForeignKey("leaf.id", ondelete="SET NULL"))
 
-    memory, warned = started(engine, Leaf)
+    memory, warned = start(engine, Leaf)
     assert sorted(each.partition("(")[2].partition(")")[0] for each in warned) == ["branch_id", "leaf_id"]
-    assert [each for each in warned if "Rows of branch go with those of root." in each]
+    assert [each for each in warned if "Rows of branch are deleted with those of root." in each]
     memory.close()
 
 
-def test_the_doctor_goes_by_the_database(engine: Engine) -> None:
+def test_the_doctor_reads_foreign_keys_of_the_database(engine: Engine) -> None:
     """A migration has given the key an action that the mapping does not have."""
     _, mapped = models()
-    memory, warned = started(engine, mapped)
+    memory, warned = start(engine, mapped)
     with engine.begin() as connection:
         connection.execute(text("DROP TABLE leaf"))
         connection.execute(
@@ -161,6 +161,6 @@ def test_the_doctor_goes_by_the_database(engine: Engine) -> None:
             )
         )
     assert warned == []
-    [problem] = diagnosed(memory, engine)
+    [problem] = diagnose(memory, engine)
     assert problem.subject == "leaf" and "ON DELETE CASCADE" in problem.message
     memory.close()

@@ -93,9 +93,7 @@ PROJECTIONS: dict[str, tuple[Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("change", PROJECTIONS)
-def test_class_is_delivered_again_when_it_is_projected_otherwise(
-    sqlite_engine: Engine, make: Make, change: str
-) -> None:
+def test_class_is_delivered_again_when_its_projection_changes(sqlite_engine: Engine, make: Make, change: str) -> None:
     """On each index. Until then a search is incomplete, filters skip points without the value, and doctor says why."""
     before, after, attribute = PROJECTIONS[change]
     assert_delivered_again(sqlite_engine, make, before, after, attribute)
@@ -160,7 +158,7 @@ def test_changed_text_function_is_noticed_by_stale_hits(engine: Engine, caplog: 
     assert new.problems() == []
 
 
-def test_changed_row_is_no_sign_of_another_text(engine: Engine) -> None:
+def test_changed_row_is_no_sign_of_a_changed_text_function(engine: Engine) -> None:
     """An undelivered change explains a stale hit."""
     release = Release(engine, InMemoryIndex(), text=titles)
     release.add(*range(1, 9))
@@ -180,7 +178,7 @@ def refilling(engine: Engine) -> bool:
         return not all(connection.scalars(select(refill.c.done)))
 
 
-def held(engine: Engine) -> str:
+def content_of_index(engine: Engine) -> str:
     """The description of the index's content."""
     with engine.connect() as connection:
         return connection.scalars(select(projection.c.projection).where(projection.c.owner == HELD_BY_INDEX)).one()
@@ -199,7 +197,7 @@ def test_two_releases_do_not_refill_in_turns(engine: Engine) -> None:
     for _ in range(3):
         new.relay.run_once()
         old.relay.run_once()
-        assert "title" in held(engine)
+        assert "title" in content_of_index(engine)
     assert new.found("zebra") == ({1, 2, 3}, False)
     old.relay.stop()
     new.drain()
@@ -210,7 +208,7 @@ def test_two_releases_do_not_refill_in_turns(engine: Engine) -> None:
     for _ in range(3):  # in turns, each alone with the index
         old.relay.run_once()
         old.relay.stop()
-        assert "body" in held(engine)
+        assert "body" in content_of_index(engine)
         new.drain()
     new.texts(index, "body")
     assert new.found("zebra") == ({1, 2, 3, 4}, True)

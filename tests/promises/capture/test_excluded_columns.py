@@ -91,7 +91,7 @@ def in_bulk(session: Session) -> None:
 
 
 @pytest.mark.parametrize("change", [by_object, in_bulk])
-def test_a_change_of_excluded_columns_alone_is_none(app: App, change: Any) -> None:
+def test_a_change_of_only_excluded_columns_is_not_logged(app: App, change: Any) -> None:
     """Such a change is neither logged nor delivered."""
     app.relay.drain()
     with app.session() as session:
@@ -104,7 +104,7 @@ def test_a_change_of_excluded_columns_alone_is_none(app: App, change: Any) -> No
     assert app.rows(Account)[1]["password"] == "other"
 
 
-def test_what_is_excluded_is_nowhere(app: App) -> None:
+def test_excluded_values_are_stored_nowhere(app: App) -> None:
     """It is missing from history, from as_of and from exports."""
     with app.session() as session:
         account = session.get_one(Account, 1)
@@ -120,7 +120,7 @@ def test_what_is_excluded_is_nowhere(app: App) -> None:
     assert app.memory.doctor(app.engine).healthy
 
 
-def test_an_undo_leaves_them_as_they_are(app: App) -> None:
+def test_an_undo_leaves_excluded_columns_as_they_are(app: App) -> None:
     with app.session() as session:
         account = session.get_one(Account, 1)
         account.name, account.password = "eve", "other"
@@ -130,7 +130,7 @@ def test_an_undo_leaves_them_as_they_are(app: App) -> None:
     assert app.rows(Account)[1] == {"id": 1, "name": "ada", "password": "other", "seen": 1}
 
 
-def test_a_row_that_comes_back_lacks_them(app: App) -> None:
+def test_a_row_that_comes_back_lacks_excluded_columns(app: App) -> None:
     """The restored row has their defaults, or NULL. The undo warns of it."""
     with app.session() as session:
         session.delete(session.get_one(Account, 1))
@@ -141,7 +141,7 @@ def test_a_row_that_comes_back_lacks_them(app: App) -> None:
     assert app.rows(Account)[1] == {"id": 1, "name": "ada", "password": None, "seen": 0}
 
 
-def test_a_row_that_cannot_come_back_without_them(engine: Engine) -> None:
+def test_a_row_that_needs_excluded_columns_cannot_come_back(engine: Engine) -> None:
     """A NOT NULL column without a default is missing, so the undo is refused. The error names the column."""
     app = App(engine, Key, exclude=("secret",))
     app.write(Key(id=1, text="a", secret="s"))
@@ -155,7 +155,7 @@ def test_a_row_that_cannot_come_back_without_them(engine: Engine) -> None:
     app.memory.close()
 
 
-def test_older_rows_and_erasure(app: App) -> None:
+def test_older_rows_and_erasures_leave_them_out(app: App) -> None:
     """Backfill and the baseline of a first change leave them out. An erasure removes the whole row."""
     with app.engine.begin() as connection:
         connection.execute(insert(Account.__table__), {"id": 2, "name": "bob", "password": "old"})
@@ -169,7 +169,7 @@ def test_older_rows_and_erasure(app: App) -> None:
     assert list(app.rows(Account)) == [1]
 
 
-def test_columns_of_a_subclass(engine: Engine) -> None:
+def test_columns_of_a_subclass_can_be_excluded(engine: Engine) -> None:
     """The subclass has its own table (joined inheritance)."""
     app = App(engine, Document, exclude=("photo",))
     app.write(Scan(id=1, text="a", pages=3, photo=b"1"), Document(id=2, text="b"))
@@ -210,13 +210,13 @@ class AccountSchema(BaseModel):
         (Document, {"exclude": ("double",), "text": "text"}, "Document has no column attribute 'double'"),
     ],
 )
-def test_what_is_needed_cannot_be_excluded(model: Any, options: dict[str, Any], message: str) -> None:
+def test_needed_columns_cannot_be_excluded(model: Any, options: dict[str, Any], message: str) -> None:
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     with pytest.raises(MemstateError, match=message):
         memory.track(model, **{"text": "name", **options})
 
 
-def test_a_text_function_cannot_read_them(engine: Engine) -> None:
+def test_a_text_function_cannot_read_excluded_columns(engine: Engine) -> None:
     """Otherwise the index would have text that the log lacks, and would miss its changes."""
     app = App(engine, Account, text=lambda account: account.password, exclude=EXCLUDED)
     app.write(Account(id=1, name="ada", password="s3cret"))

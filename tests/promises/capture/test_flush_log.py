@@ -233,7 +233,7 @@ def test_an_update_that_python_does_not_see_is_logged(engine: Engine, change: Ca
     app.assert_log_is_truth()
 
 
-def test_a_flush_that_sends_nothing_sends_nothing_of_ours(world: World) -> None:
+def test_a_flush_without_changes_sends_no_statement_of_ours(world: World) -> None:
     """It locks no row either, so no other transaction waits for it. Here the log does not know the row yet."""
     world.write(Person(id=2, name="bob", about="new"))  # PostgreSQL is asked once for the column types
     with world.engine.begin() as connection:
@@ -406,7 +406,7 @@ def test_a_row_that_cannot_be_found_is_refused(engine: Engine, write: Callable[[
     lowercase_keys(engine)
     with app.session() as session:
         write(model, session)
-        with pytest.raises(UntrackedWrite, match="not found under the keys they were given"):
+        with pytest.raises(UntrackedWrite, match="not found under their keys"):
             session.commit()
     assert ops(engine) == [("insert", '["old"]')]
     assert app.rows(model).keys() == {"old"}

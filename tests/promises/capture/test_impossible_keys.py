@@ -87,7 +87,7 @@ def test_relay_parks_impossible_keys_alone(world: World) -> None:
         world.relay.drain()
     dead = {letter.key: letter.error for letter in world.relay.dead()}
     assert dead.keys() == set(poison.values())
-    assert {"no row of person can have this key" in error for error in dead.values()} == {True}
+    assert {"No row of person can have this key" in error for error in dead.values()} == {True}
     people(world, 3)
     world.relay.drain()
     assert world.memory.verify(world.engine).clean

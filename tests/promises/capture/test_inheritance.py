@@ -284,7 +284,7 @@ def test_search_finds_by_the_text_of_a_subclass(engine: Engine, target: str) -> 
         assert [hit.fact.id for hit in app.memory.search(session, "cid rests", Employee, limit=1)] == [4]
 
 
-def test_doctor_finds_what_was_changed_in_any_table(engine: Engine) -> None:
+def test_doctor_finds_changes_in_any_table(engine: Engine) -> None:
     app = App(engine)
     app.prepare()
     with engine.begin() as connection:
@@ -348,7 +348,7 @@ def test_subclass_tracked_alone_is_captured(engine: Engine) -> None:
     assert_index_holds(app.index, app.embedder, {"engineer[2]": "changed", "engineer[3]": "bob"})
     with app.sessions() as session:
         assert [hit.fact.id for hit in app.memory.search(session, "bob", Engineer, limit=1)] == [3]
-        with pytest.raises(UntrackedWrite, match="it leaves the base class' row"):
+        with pytest.raises(UntrackedWrite, match="It leaves the base class' row"):
             session.execute(delete(Engineer).where(Engineer.id == 2))
         session.delete(session.get_one(Engineer, 2))
         session.commit()
@@ -371,7 +371,7 @@ def test_a_part_of_a_row_is_not_inserted_alone(engine: Engine) -> None:
     app.prepare()
     with app.sessions() as session, pytest.raises(UntrackedWrite, match="INSERT on engineer would bypass"):
         session.execute(insert(Engineer.__table__).values(id=1, skill="x"))
-    with app.sessions() as session, pytest.raises(UntrackedWrite, match="one of several classes"):
+    with app.sessions() as session, pytest.raises(UntrackedWrite, match="holds several classes"):
         session.execute(update(Intern).where(Employee.id == Writer.id).values(months=1))
     app.assert_in_step()
 
@@ -439,7 +439,7 @@ def test_concrete_subclasses_are_entities_of_their_own(engine: Engine) -> None:
     assert app.memory.doctor(engine).healthy
 
 
-def test_a_concrete_subclass_may_be_tracked_otherwise(engine: Engine) -> None:
+def test_a_concrete_subclass_may_have_other_options(engine: Engine) -> None:
     app = App(engine, Paper, text="title")
     app.memory.track(Article, text="journal", entity="in_journals")
     with app.sessions() as session:
@@ -450,7 +450,7 @@ def test_a_concrete_subclass_may_be_tracked_otherwise(engine: Engine) -> None:
     assert_index_holds(app.index, app.embedder, {"in_journals[1]": "journal"})
 
 
-def test_what_cannot_be_tracked_says_why() -> None:
+def test_track_explains_its_refusals() -> None:
     class Root(DeclarativeBase):
         pass
 
@@ -470,11 +470,11 @@ def test_what_cannot_be_tracked_says_why() -> None:
         thing_id: Mapped[int] = mapped_column(ForeignKey("thing.id"))
 
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    with pytest.raises(MemstateError, match="Union is a union of tables"):
+    with pytest.raises(MemstateError, match="Cannot track Union: it is a union of tables"):
         memory.track(Union, text="title")
-    with pytest.raises(MemstateError, match="the tables of Other are not joined by their primary keys"):
+    with pytest.raises(MemstateError, match="Cannot track Other: its tables are not joined by their primary keys"):
         memory.track(Thing, text="title")
-    with pytest.raises(MemstateError, match="Engineer is in several tables"):
+    with pytest.raises(MemstateError, match="Cannot capture Engineer by triggers: it is in several tables"):
         memory.track(Employee, text="name", capture="trigger")
     both = Memory(InMemoryIndex(), embedder=HashEmbedder())
     both.track(Engineer, text="name")

@@ -56,7 +56,7 @@ def by_flush(session: Session) -> None:
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 @pytest.mark.parametrize("write", [by_upsert, by_flush])
-def test_a_row_made_anew_under_an_old_snapshot_is_logged(
+def test_a_row_inserted_again_under_an_old_snapshot_is_logged(
     postgres_engine: Engine, level: str, write: Callable[[Session], None]
 ) -> None:
     """Another transaction has deleted a row with the same key and content. This snapshot shows neither the delete nor
@@ -127,7 +127,7 @@ def test_a_listener_that_refuses_a_flush_leaves_nothing_behind(engine: Engine) -
     app.assert_log_is_truth()
 
 
-def test_a_savepoint_that_rolls_back_in_a_commit(world: World) -> None:
+def test_a_savepoint_that_rolls_back_in_a_commit_keeps_the_labels(world: World) -> None:
     """A listener gets or creates a row. Labels and wake-up still belong to the transaction."""
     world.write(Tag(name="t", meaning="one"))
 
@@ -145,7 +145,7 @@ def test_a_savepoint_that_rolls_back_in_a_commit(world: World) -> None:
         assert [(c.op, c.actor) for c in world.memory.history(session, Tag, "new")] == [("insert", "me")]
 
 
-def test_the_root_commits_while_a_savepoint_is_open(world: World) -> None:
+def test_a_commit_with_an_open_savepoint_has_a_token(world: World) -> None:
     """The commit has a token, so that other transactions can wait for its delivery."""
     with world.session() as session:
         with session.begin():

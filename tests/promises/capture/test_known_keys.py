@@ -67,7 +67,7 @@ def test_a_row_whose_entry_is_known_needs_no_look(hot: World) -> None:
     ]
 
 
-def test_what_is_not_committed_is_not_remembered(world: World) -> None:
+def test_uncommitted_entries_are_not_remembered(world: World) -> None:
     """A look sees entries of its own transaction. They are gone if it or a SAVEPOINT of it rolls back."""
     with world.engine.begin() as connection:
         connection.execute(insert(Person.__table__), {"id": 1, "name": "ada", "about": "old"})
@@ -126,7 +126,7 @@ def elsewhere(world: World) -> Iterator[Engine]:
 
 
 def require_one_refusal(world: World, about: str, ops: list[str]) -> None:
-    with pytest.raises(ConflictError, match=r"the log has lost entries of person.*Run the transaction again"):
+    with pytest.raises(ConflictError, match=r"The log has lost entries of person.*Run the transaction again"):
         change(world, about)
     change(world, about)
     with world.session() as session:
@@ -142,7 +142,7 @@ def test_a_log_that_lost_entries_refuses_one_transaction(hot: World, elsewhere: 
     require_one_refusal(hot, "three", ["baseline", "update"])
 
 
-def test_a_row_of_which_nothing_is_left_in_the_log(hot: World, elsewhere: Engine) -> None:
+def test_a_row_without_entries_left_refuses_one_transaction(hot: World, elsewhere: Engine) -> None:
     """The row was deleted and its entries folded away. Then a program added it again without the log."""
     with hot.session() as session:
         session.delete(session.get_one(Person, 1))

@@ -98,7 +98,7 @@ def test_a_write_to_two_shards_is_refused(
 ) -> None:
     """The log of one shard does not cover the other. No row changes without an entry."""
     with sharded() as session:
-        with pytest.raises(MemstateError, match="must live in one database"):
+        with pytest.raises(MemstateError, match="the Session writes to two databases"):
             WRITES[way](session)
             session.commit()
         session.rollback()

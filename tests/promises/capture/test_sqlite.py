@@ -45,7 +45,7 @@ def test_statements_that_fail_in_a_transaction_are_sent_outside_of_one(configure
 
 
 def test_an_engine_that_would_leak_is_warned_of(tmp_path: Path) -> None:
-    """It warns once, with the line that fixes it. doctor tests it and reports it. An own recipe is accepted."""
+    """It warns once, with the line that fixes it. doctor tests it and reports it. A custom recipe is accepted."""
     leaking, own = (create_engine(f"sqlite:///{tmp_path / name}.db") for name in ("leaking", "own"))
     event.listen(own, "connect", lambda dbapi, record: setattr(dbapi, "isolation_level", None))
     event.listen(own, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))

@@ -75,7 +75,7 @@ def test_secondary_table_is_captured_by_triggers(engine: Engine) -> None:
         with app.session() as session:
             session.add(page := Page(id=1, body="b", labels=[Label(id=1, name="l")]))
             if capture == "session":
-                with pytest.raises(UntrackedWrite, match=r"capture='trigger', or an association object"):
+                with pytest.raises(UntrackedWrite, match=r"capture='trigger' or an association object"):
                     session.commit()
                 continue
             session.commit()
@@ -188,7 +188,7 @@ def test_track_refuses_a_mapper_with_another_primary_key(capture: str) -> None:
         __mapper_args__: ClassVar[dict[str, Any]] = {"primary_key": [code]}
 
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    with pytest.raises(MemstateError, match=r"Item is mapped by \(code\), but the primary key of table item is \(id\)"):
+    with pytest.raises(MemstateError, match=r"its mapper has the primary key \(code\), but table item has \(id\)"):
         memory.track(Item, text=None, capture=capture)  # type: ignore[arg-type]
 
 

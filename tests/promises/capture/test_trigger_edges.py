@@ -122,7 +122,7 @@ def test_older_row_touched_several_times_gets_one_baseline(engine: Engine) -> No
         assert (first.op, first.after) == ("baseline", {"id": 1, "text": "x", "one": 1, "two": 1, "three": 1})
 
 
-def test_an_undo_does_not_delete_what_others_have_built_upon(engine: Engine) -> None:
+def test_an_undo_does_not_delete_a_row_with_children(engine: Engine) -> None:
     """The inserted row has children by now, and the database would delete them too."""
     app = App(engine, Top, Owned)
     with app.sessions() as session:
@@ -377,7 +377,7 @@ def test_case_insensitive_column_logs_a_change_of_case(sqlite_engine: Engine) ->
     app = App(sqlite_engine, Word)
     app.run("INSERT INTO word (text) VALUES ('Tea')", "UPDATE word SET text = 'tea'")
     app.check()
-    with pytest.raises(MemstateError, match="a trigger cannot log a primary key"):
+    with pytest.raises(MemstateError, match="cannot log a primary key"):
         App(sqlite_engine, Key)
 
 
@@ -394,7 +394,7 @@ def test_decimal_key_is_captured_or_refused_by_its_scale(postgres_engine: Engine
         text: Mapped[str]
 
     if refused:
-        with pytest.raises(MemstateError, match="a trigger cannot log a primary key"):
+        with pytest.raises(MemstateError, match="cannot log a primary key"):
             App(postgres_engine, Amount)
         return
     app = App(postgres_engine, Amount)
@@ -520,7 +520,7 @@ def test_a_partitioned_table_is_refused(postgres_engine: Engine) -> None:
         text: Mapped[str]
         __table_args__: ClassVar[dict[str, Any]] = {"postgresql_partition_by": "RANGE (id)"}
 
-    with pytest.raises(MemstateError, match="part is partitioned"):
+    with pytest.raises(MemstateError, match="Cannot capture part by triggers: it is partitioned"):
         App(postgres_engine, Part)
 
 

@@ -101,7 +101,7 @@ def test_changed_duplicate_must_become_unique(hall: Hall) -> None:
     hall.memory.backfill(hall.engine)
     with hall.sessions() as session:
         session.get_one(Seat, 2).meal = "fish"
-        with pytest.raises(ConflictError, match="must be unique"):
+        with pytest.raises(ConflictError, match="same value of unique_by"):
             session.commit()
         session.rollback()
         session.get_one(Seat, 2).guest = "Bob"

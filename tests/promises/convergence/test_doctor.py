@@ -27,9 +27,7 @@ def run(world: World, *statements: str) -> None:
 
 
 def test_doctor_reports_rows_changed_past_the_log(world: World) -> None:
-    """Rows that were changed, deleted, restored or never logged are named. Repair logs all but the last, and vectors
-    follow.
-    """
+    """Rows that were changed, deleted, added again or never logged are named. Repair logs all but the last kind."""
     with world.session() as session:
         session.add_all(Tag(name=name, meaning="one") for name in "abcd")
         session.add(Note(topic="t", number=1, content="x", person=Person(name="p", about="y")))
@@ -92,10 +90,7 @@ def test_repair_logs_and_warns_of_duplicate_unique_values(engine: Engine, caplog
     with caplog.at_level("WARNING"):
         assert len(app.memory.doctor(engine, repair=True).changed) == 3
     [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.recorder"]
-    assert (
-        "2 rows that are older than tracking or than unique_by, or were changed past it," in warning
-        and '["b"], ["c"]' in warning
-    )
+    assert "the unique_by value of 2 rows already belongs to another row" in warning and '["b"], ["c"]' in warning
     assert app.memory.doctor(engine).healthy
     with engine.connect() as connection:
         assert {row.value: row.key for row in connection.execute(select(unique))} == {

@@ -471,7 +471,7 @@ def test_in_memory_sqlite_is_delivered_by_drain_alone(tmp_path: Path) -> None:
     for options in ({"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}, {}):
         engine = sqlite.configure(create_engine("sqlite://", **options))
         world = World(engine)
-        with pytest.raises(MemstateError, match="call drain"):
+        with pytest.raises(MemstateError, match="Call drain"):
             world.relay.start()
         say(world, a="x")
         world.assert_in_step()

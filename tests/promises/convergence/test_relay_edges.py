@@ -491,7 +491,7 @@ def test_a_database_that_was_away_is_not_asked_all_the_time(engine: Engine) -> N
         assert len(statements) < 100
 
 
-def test_verify_looks_again_at_what_changed_between_its_looks(engine: Engine) -> None:
+def test_verify_looks_again_at_rows_that_changed_between_its_looks(engine: Engine) -> None:
     """A row changes and is delivered after the scan, then changes again. It is pending, not drift."""
     index = Interrupted()
     world = World(engine, index)

@@ -61,7 +61,7 @@ def test_wait_takes_a_token_of_another_process(engine: Engine) -> None:
         token = world.memory.token(session)
         [change] = [change for change in world.memory.history(session, Tag) if change.op == "delete"]
     assert token == change.tx
-    with pytest.raises(DeliveryError, match=r"not in index 'memory' within 0.05 s; is a relay running\?"):
+    with pytest.raises(DeliveryError, match=r"not reached index 'memory' within 0.05 s. Is a relay running\?"):
         elsewhere.memory.wait(token, timeout=0.05)
     with world.memory.relay(engine):
         elsewhere.memory.wait(token)
@@ -69,7 +69,7 @@ def test_wait_takes_a_token_of_another_process(engine: Engine) -> None:
     elsewhere.engine.dispose()
 
 
-def test_wait_says_what_an_index_refused(engine: Engine) -> None:
+def test_wait_names_keys_that_an_index_refused(engine: Engine) -> None:
     """Otherwise it would wait for ever."""
     index = Spy()
     index.refuse = lambda point: DeliveryRejected("no")
@@ -95,7 +95,7 @@ def test_wait_reads_little_for_a_transaction_of_many_keys(engine: Engine) -> Non
             session.add_all(Tag(name=f"{count}-{n}", meaning="x") for n in range(count))
             session.commit()
             seen.clear()
-            with pytest.raises(DeliveryError, match="is a relay running"):
+            with pytest.raises(DeliveryError, match="Is a relay running"):
                 world.memory.wait(session, timeout=0.0)
             assert any("memstate_outbox" in statement for statement in seen) == (count > 3)
             with world.memory.relay(engine):
@@ -568,7 +568,7 @@ def test_the_ledger_forgets_deleted_rows(engine: Engine) -> None:
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-def test_stopping_ends_after_the_batch_in_work(engine: Engine) -> None:
+def test_stopping_ends_after_the_current_batch(engine: Engine) -> None:
     """Written points are recorded. The next owner can have the rest at once."""
     index = Spy(max_batch=5)
     world = World(engine, index)
@@ -747,7 +747,7 @@ def test_page_begun_before_a_second_entity_is_delivered_again(engine: Engine) ->
     assert [m.id for m in index.query(vector, 1, where={"memstate_entity": {"$eq": "tag"}})] == ['tag["a"]']
 
 
-def test_an_engine_in_autocommit_or_serializable_will_do(postgres_engine: Engine) -> None:
+def test_relay_works_with_an_engine_in_autocommit_or_serializable(postgres_engine: Engine) -> None:
     """The relay sets the isolation level that it needs."""
     for level in ("AUTOCOMMIT", "SERIALIZABLE"):
         world = World(postgres_engine)
@@ -800,7 +800,7 @@ def test_wait_waits_for_a_mended_dead_key(engine: Engine) -> None:
     with world.session() as session:
         session.get_one(Tag, "a").meaning = "fine"
         session.commit()
-        with pytest.raises(DeliveryError, match="is a relay running"):
+        with pytest.raises(DeliveryError, match="Is a relay running"):
             world.memory.wait(session, timeout=0.05)
         with relay:
             world.memory.wait(session)

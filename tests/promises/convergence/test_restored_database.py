@@ -303,7 +303,7 @@ class Breaking(InMemoryIndex):
 
 @pytest.mark.deep_on("postgres")
 @pytest.mark.parametrize("at", ["upsert", "mark"])
-def test_crash_is_no_restore(engine: Engine, at: str) -> None:
+def test_crash_is_not_taken_for_a_restore(engine: Engine, at: str) -> None:
     """A relay may end between the row, the mark and the points. Nothing is compared again, even after many ends."""
     index = Breaking()
     app = App(engine, index)

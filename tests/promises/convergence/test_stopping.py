@@ -54,7 +54,7 @@ def owners(engine: Engine) -> list[str]:
         return list(connection.scalars(select(holder.c.owner)))
 
 
-def until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
@@ -84,7 +84,7 @@ def test_close_does_not_wait_for_an_embedder_that_hangs(engine: Engine) -> None:
     assert not index.closed
     assert len(owners(engine)) == 1
     embedder.answer.set()
-    until(lambda: index.closed)
+    wait_until(lambda: index.closed)
     assert owners(engine) == []
     assert [entry.id for entry in index.scan(None, 9)] == ['tag["a"]']
 
@@ -98,9 +98,9 @@ def test_restarted_relay_goes_on_beside_its_old_thread(engine: Engine) -> None:
     world.relay.start()
     embedder.answer.set()
     assert left is not None
-    until(lambda: left.is_over)
+    wait_until(lambda: left.is_over)
     say(world, "b")
-    until(lambda: len(world.index.scan(None, 9)) == 2)
+    wait_until(lambda: len(world.index.scan(None, 9)) == 2)
     world.memory.close()
     assert owners(engine) == []
 

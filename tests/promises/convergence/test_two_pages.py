@@ -150,7 +150,7 @@ def test_key_of_both_pages_is_written_once(app: Pages) -> None:
     assert sorted(written) == sorted(set(written))
 
 
-def test_refill_does_not_undo_what_the_outbox_has_delivered(app: Pages) -> None:
+def test_refill_does_not_undo_a_delivery_from_the_outbox(app: Pages) -> None:
     """A refill page is read ahead. Then its row changes, and the change is delivered before that page."""
     app.say(*SIX)
     app.meanwhile = lambda: app.say("t4", meaning="changed")

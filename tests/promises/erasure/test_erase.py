@@ -41,7 +41,7 @@ from tests.support.apps import App, make_app
 from tests.support.relays import say
 
 # The tests show a gap: no Session sees changes that the database makes by itself.
-pytestmark = pytest.mark.filterwarnings("ignore:The database itself changes rows")
+pytestmark = pytest.mark.filterwarnings("ignore:The log misses some changes")
 
 MARKERS = ("Zxqvertigo77", "Şükrü Überfährt 東京 Zxqvertigo77")
 """The erased text, in ASCII and in other scripts."""
@@ -272,7 +272,7 @@ def test_a_rollback_brings_everything_back(accounts: Accounts) -> None:
 
 
 @pytest.mark.sa20
-def test_a_fact_that_is_added_again_is_another(accounts: Accounts) -> None:
+def test_a_fact_that_is_added_again_is_a_new_fact(accounts: Accounts) -> None:
     """It can be undone and redone. This restores nothing of the erased fact."""
     accounts.tell("secret")
     with accounts.sessions() as session:
@@ -579,7 +579,7 @@ def test_vectors_of_older_shapes_are_forgotten(engine: Engine) -> None:
 
 
 @pytest.mark.sa20
-def test_what_cannot_be_erased_says_why(world: World) -> None:
+def test_erase_explains_its_refusals(world: World) -> None:
     """Nothing changes."""
     say(world, a="x")
 
@@ -749,7 +749,7 @@ def test_relay_goes_on_after_a_purge(sqlite_engine: Engine, tmp_path: Path) -> N
     accounts.memory.close()
 
 
-def test_what_others_keep_in_the_folder_stays(tmp_path: Path, sqlite_engine: Engine) -> None:
+def test_data_of_other_programs_in_the_folder_stays(tmp_path: Path, sqlite_engine: Engine) -> None:
     """Other programs keep points with documents in our collection, and their own collections."""
     chromadb = pytest.importorskip("chromadb")
     client = chromadb.PersistentClient(tmp_path / "chroma")

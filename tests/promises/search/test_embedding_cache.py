@@ -86,7 +86,7 @@ def app(engine: Engine) -> Iterator[App]:
     made.memory.close()
 
 
-def kept(engine: Engine) -> int:
+def count_vectors(engine: Engine) -> int:
     with engine.connect() as connection:
         return cache.count(connection)
 
@@ -141,13 +141,13 @@ def test_an_overlay_search_and_delivery_are_one_call(app: App) -> None:
     app.say(a="tea", b="coffee")
     assert app.search("tea")[0] == "tea"
     assert app.embedder.calls == [["coffee", "tea"]]
-    assert kept(app.engine) == 0  # the search runs in the caller's transaction
+    assert count_vectors(app.engine) == 0  # the search runs in the caller's transaction
     app.assert_in_step()
-    assert kept(app.engine) == 2
+    assert count_vectors(app.engine) == 2
     assert app.embedder.calls == [["coffee", "tea"]]
 
 
-def test_an_overlay_search_uses_what_other_processes_have_embedded(engine: Engine, app: App) -> None:
+def test_an_overlay_search_uses_vectors_of_other_processes(engine: Engine, app: App) -> None:
     """It uses them before delivery, and before COMMIT."""
     app.say(a="tea")
     app.relay.drain()
@@ -212,7 +212,7 @@ def test_another_embedder_uses_its_own(engine: Engine, app: App) -> None:
     assert other.embedder.calls == [["tea"]]
     with engine.connect() as connection:
         assert set(connection.scalars(select(embedding.c.embedder))) == {"counting", "other"}
-    assert kept(engine) == 2
+    assert count_vectors(engine) == 2
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_impossible_vector_is_embedded_again(engine: Engine, app: App, stored: b
     assert web.embedder.calls == [["tea"]]
 
 
-def test_what_is_refused_is_not_kept(app: App) -> None:
+def test_refused_vectors_are_not_kept(app: App) -> None:
     """The embedder returns NaN."""
     embed = app.embedder.embed
     app.embedder.embed = lambda texts: embed(texts) * (np.nan if "bad" in texts else 1)  # type: ignore[method-assign]
@@ -263,7 +263,7 @@ def test_disabled_cache_keeps_nothing(engine: Engine) -> None:
     app.assert_in_step()
     event.remove(engine, "before_cursor_execute", note)
     assert looked == []
-    assert kept(engine) == 0
+    assert count_vectors(engine) == 0
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, "many", None, True])
@@ -282,7 +282,7 @@ def test_oldest_vectors_are_evicted(engine: Engine) -> None:
     for n in range(20):
         app.say(a=f"meaning {n}")
         app.relay.drain()
-        assert kept(engine) <= 5
+        assert count_vectors(engine) <= 5
     app.embedder.calls.clear()
     app.say(b="meaning 15", c="meaning 14")
     app.assert_in_step()
@@ -299,7 +299,7 @@ def test_a_smaller_capacity_is_reached_in_steps(engine: Engine, app: App) -> Non
     for n in range(4):
         small.say(a=f"meaning {n}")
         small.relay.drain()
-        counts.append(kept(engine))
+        counts.append(count_vectors(engine))
     assert counts[0] == 15_001 and counts[1] == 5_002 and counts[2:] == [100, 101]
     with engine.connect() as connection:
         newest = connection.scalars(select(embedding.c.embedder).order_by(embedding.c.id.desc()).limit(4)).all()
@@ -350,7 +350,7 @@ def test_two_writers_may_keep_the_same_vectors_at_once(engine: Engine, app: App)
                     cache.store(connection, dict.fromkeys(order, vector), "any")
                 began.wait(60)
                 if value == 1:
-                    assert kept(engine) == len(digests)
+                    assert count_vectors(engine) == len(digests)
                     with engine.begin() as connection:
                         connection.execute(delete(embedding))
         except BaseException as error:
@@ -397,10 +397,10 @@ def test_two_relays_of_the_same_texts_do_not_fail(engine: Engine) -> None:
         assert one.relay.problems() == two.relay.problems() == {}
     one.assert_in_step()
     two.assert_in_step()
-    assert kept(engine) == 150
+    assert count_vectors(engine) == 150
 
 
-def test_what_is_forgotten_is_gone(app: App) -> None:
+def test_forgotten_vectors_are_gone(app: App) -> None:
     """The cache forgets by text fingerprint, in the caller's transaction. Other vectors stay."""
     app.say(a="tea", b="coffee")
     app.relay.drain()
@@ -409,11 +409,11 @@ def test_what_is_forgotten_is_gone(app: App) -> None:
         [digest] = connection.scalars(select(embedding.c.text_fingerprint).where(embedding.c.vector == tea))
         assert cache.forget(connection, [digest, "0" * 32]) == 1
         connection.rollback()
-        assert kept(app.engine) == 2
+        assert count_vectors(app.engine) == 2
         assert cache.forget(connection, [digest]) == 1
         connection.commit()
         assert connection.scalar(select(func.count()).where(embedding.c.text_fingerprint == digest)) == 0
-    assert kept(app.engine) == 1
+    assert count_vectors(app.engine) == 1
     app.embedder.calls.clear()
     app.say(c="tea", d="coffee")
     app.assert_in_step()

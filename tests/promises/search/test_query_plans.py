@@ -230,7 +230,7 @@ def test_long_undo_and_time_travel_use_indexes(large: World) -> None:
         assert not any("TEMP B-TREE" in plan for statement, plan in found.items() if "LIMIT" in statement)
 
 
-def test_the_walk_over_what_can_be_undone_is_short(large: World) -> None:
+def test_the_walk_over_undoable_steps_is_short(large: World) -> None:
     """It reads a page of the partial index, in order, without a sort."""
 
     def undo() -> None:

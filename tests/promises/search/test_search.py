@@ -213,7 +213,7 @@ def test_pending_edits_are_neither_lost_nor_searched(world: World) -> None:
         assert person.about == "snow"
 
 
-def test_eventual_shows_only_what_was_delivered(world: World) -> None:
+def test_eventual_shows_only_delivered_rows(world: World) -> None:
     """There is no overlay, and there are no ghosts either."""
     people(world, "tea", "green tea")
     world.relay.drain()
@@ -426,7 +426,7 @@ def test_search_past_the_overlay_limit_is_incomplete(world: World) -> None:
         assert world.memory.search(session, "zebra", Tag).complete
 
 
-def test_a_failing_embedder_leaves_out_what_is_undelivered(world: World) -> None:
+def test_a_failing_embedder_leaves_out_undelivered_rows(world: World) -> None:
     """Delivered facts are still found. The result is marked incomplete."""
     people(world, "tea")
     world.relay.drain()
@@ -490,11 +490,11 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": "person"}, "give a tracked class or a select"),
-        ({"target": select(Person.name)}, "select\\(\\) of exactly one tracked class"),
-        ({"target": select(Person, Tag)}, "select\\(\\) of exactly one tracked class"),
-        ({"target": select(Person).limit(3)}, "no LIMIT"),
-        ({"target": select(Person).fetch(3)}, "no LIMIT"),
+        ({"target": "person"}, "neither a tracked class nor a select"),
+        ({"target": select(Person.name)}, "select\\(\\) must have exactly one tracked class"),
+        ({"target": select(Person, Tag)}, "select\\(\\) must have exactly one tracked class"),
+        ({"target": select(Person).limit(3)}, "has LIMIT"),
+        ({"target": select(Person).fetch(3)}, "has LIMIT"),
         ({"target": int}, "int is not tracked"),
         ({"limit": 0}, "at least 1"),
         ({"limit": "5"}, "at least 1"),
@@ -502,7 +502,7 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
         ({"max_distance": float("nan")}, "max_distance=nan. Give a cosine distance"),
         ({"query": None}, "query=None. Give a string"),
         ({"consistency": "strong"}, "'fresh' or 'eventual'"),
-        ({"index": "other"}, "does not go to an index 'other'"),
+        ({"index": "other"}, "Cannot search index 'other': Person is not delivered to it"),
     ],
 )
 def test_bad_arguments_get_a_clear_error(world: World, arguments: dict[str, Any], message: str) -> None:

@@ -29,7 +29,7 @@ def tags(world: World, **meanings: str) -> str:
         return str(world.memory.token(session))
 
 
-def then(world: World, moment: str) -> dict[str, str]:
+def tags_at(world: World, moment: str) -> dict[str, str]:
     """The tags at *moment*. All ways to ask must agree."""
     with world.memory.as_of_session(world.engine, moment) as past:
         found = {tag.name: tag.meaning for tag in past.scalars(select(Tag))}
@@ -62,7 +62,7 @@ def changing(name: str, meaning: str) -> Callable[[Session], Any]:
     ],
     ids=["update", "delete", "insert"],
 )
-def test_a_moment_leaves_out_what_was_not_committed_then(
+def test_a_moment_leaves_out_later_commits(
     postgres_engine: Engine, capture: Any, write: Callable[[Session], Any], outcome: dict[str, str]
 ) -> None:
     """Its ids are lower. The same kind: several statements, SAVEPOINTs, with labels or without."""
@@ -72,22 +72,22 @@ def test_a_moment_leaves_out_what_was_not_committed_then(
         write(late)
         late.flush()
         moment = tags(world, b="2")
-        assert then(world, moment) == {"a": "1", "b": "2"}
+        assert tags_at(world, moment) == {"a": "1", "b": "2"}
         late.commit()
-    assert then(world, moment) == {"a": "1", "b": "2"}
+    assert tags_at(world, moment) == {"a": "1", "b": "2"}
     with world.session() as session:
         assert {tag.name: tag.meaning for tag in session.scalars(select(Tag))} == outcome
         [difference] = world.memory.diff(session, moment, utcnow())
         assert difference.key in {"a", "c"}
     assert undo_to(world, moment) == {difference.key}
-    assert then(world, moment) == {"a": "1", "b": "2"}
+    assert tags_at(world, moment) == {"a": "1", "b": "2"}
     with world.session() as session:
         assert {tag.name: tag.meaning for tag in session.scalars(select(Tag))} == {"a": "1", "b": "2"}
     world.assert_in_step()
 
 
 @both_ways
-def test_a_baseline_of_a_late_transaction_is_how_the_row_was(postgres_engine: Engine, capture: Any) -> None:
+def test_a_baseline_of_a_late_transaction_shows_the_row_before_it(postgres_engine: Engine, capture: Any) -> None:
     """The row is older than tracking, or was written without the log. Its baseline shows it before its first change."""
     world = World(postgres_engine, capture=capture)
     with postgres_engine.begin() as connection:
@@ -97,9 +97,9 @@ def test_a_baseline_of_a_late_transaction_is_how_the_row_was(postgres_engine: En
         changing("a", "late")(late)
         moment = tags(world, b="1")
         late.commit()
-    assert then(world, moment) == {"a": "old", "b": "1"}
+    assert tags_at(world, moment) == {"a": "old", "b": "1"}
     assert undo_to(world, moment) == {"a"}
-    assert then(world, moment) == {"a": "old", "b": "1"}
+    assert tags_at(world, moment) == {"a": "old", "b": "1"}
 
 
 def test_concurrent_transactions_have_different_moments(postgres_engine: Engine) -> None:
@@ -112,13 +112,13 @@ def test_concurrent_transactions_have_different_moments(postgres_engine: Engine)
         one.commit()
         other.commit()
         first, second = world.memory.token(one), world.memory.token(other)
-    assert (then(world, str(first)), then(world, str(second))) == ({"a": "a"}, {"b": "b"})
+    assert (tags_at(world, str(first)), tags_at(world, str(second))) == ({"a": "a"}, {"b": "b"})
     with world.session() as session:
         found = world.memory.diff(session, str(first), str(second))
     assert {(change.op, change.key) for change in found} == {("delete", "a"), ("insert", "b")}
 
 
-def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> None:
+def test_a_position_includes_earlier_commits(postgres_engine: Engine) -> None:
     """Its last transaction did not see all of it, because two steps of a graph ran at once."""
     world = World(postgres_engine)
     with world.session() as one, world.session() as other, world.session() as late:
@@ -130,7 +130,7 @@ def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> N
         with postgres_engine.connect() as connection:
             position = SNAPSHOT_MARK.join(connection.execute(select(*log_position(POSTGRESQL).values())).one())
         late.commit()
-    assert then(world, position) == {"a": "a", "b": "b"}
+    assert tags_at(world, position) == {"a": "a", "b": "b"}
     assert undo_to(world, position) == {"c"}
 
 
@@ -150,7 +150,7 @@ def test_rollback_to_a_moment_finds_a_transaction_begun_long_before(
             tags(world, d=meaning)
         late.commit()
     assert undo_to(world, moment) == {"a", "d"}
-    assert then(world, moment) == {"a": "1", "b": "2", "c": "9"}
+    assert tags_at(world, moment) == {"a": "1", "b": "2", "c": "9"}
     world.assert_in_step()
 
 
@@ -164,7 +164,7 @@ def test_a_moment_is_a_transaction_with_its_undos(engine: Engine) -> None:
         world.memory.rollback(session, steps=1)
         session.commit()
         moment = world.memory.token(session)
-    assert then(world, str(moment)) == {"a": "1", "b": "1"}
+    assert tags_at(world, str(moment)) == {"a": "1", "b": "1"}
 
 
 def test_moments_survive_a_restore_into_another_cluster(postgres_engine: Engine) -> None:
@@ -182,8 +182,8 @@ def test_moments_survive_a_restore_into_another_cluster(postgres_engine: Engine)
             moved = {"xid": log.c.xid + ahead, "snapshot": snapshot}
             connection.execute(update(log).where(log.c.id <= changed).values(moved))
         new = tags(world, b="new")
-        assert then(world, old)["a"] == f"old {ahead}"
-        assert then(world, new) == {"a": f"old {ahead}", "b": "new"}
+        assert tags_at(world, old)["a"] == f"old {ahead}"
+        assert tags_at(world, new) == {"a": f"old {ahead}", "b": "new"}
         with world.session() as session:
             session.execute(delete(Tag))
             session.commit()
@@ -201,6 +201,6 @@ def test_a_log_of_the_version_before_gets_its_columns(engine: Engine) -> None:
     world.memory.create_tables(engine)
     assert world.memory.doctor(engine).healthy
     after = tags(world, b="2")
-    assert then(world, before) == {"a": "1"}
-    assert then(world, after) == {"a": "1", "b": "2"}
+    assert tags_at(world, before) == {"a": "1"}
+    assert tags_at(world, after) == {"a": "1", "b": "2"}
     world.assert_in_step()

@@ -93,10 +93,10 @@ def test_the_past_is_read_only(world: World) -> None:
         tx = commit(world, session)
     with world.memory.as_of_session(world.engine, tx) as past:
         past.get_one(Tag, "red").meaning = "changed"
-        with pytest.raises(MemstateError, match="the past is read-only"):
+        with pytest.raises(MemstateError, match="this Session shows the past"):
             past.commit()
         past.expire_all()
-        with pytest.raises(MemstateError, match="the past is read-only"):
+        with pytest.raises(MemstateError, match="this Session shows the past"):
             past.execute(update(Tag).values(meaning="x"), execution_options={"synchronize_session": False})
     world.assert_in_step()
 

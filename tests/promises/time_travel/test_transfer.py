@@ -37,7 +37,7 @@ def export(memory: Memory, engine: Engine, *models: type[Any]) -> str:
     return file.getvalue()
 
 
-def take_in(memory: Memory, engine: Engine, file: str) -> int:
+def import_file(memory: Memory, engine: Engine, file: str) -> int:
     return memory.import_facts(engine, io.StringIO(file))
 
 
@@ -79,7 +79,7 @@ def other(tmp_path: Path) -> Iterator[World]:
     made.engine.dispose()
 
 
-def live(world: World) -> list[str]:
+def write_history(world: World) -> list[str]:
     """Write some history: labels, an update, a delete, an undo, older rows. Returns its transactions."""
     txs = []
     with world.engine.begin() as connection:
@@ -110,14 +110,14 @@ def live(world: World) -> list[str]:
 
 def test_history_rows_and_vectors_are_there_again(world: World) -> None:
     """The log replays to the tables, the index follows, and undo works as in the first database."""
-    live(world)
+    write_history(world)
     file = export(world.memory, world.engine)
     before, rows = state(world)
     with world.session() as session:
         ids = [change.id for model in MODELS for change in world.memory.history(session, model)]
     empty(world)
 
-    count = take_in(world.memory, world.engine, file)
+    count = import_file(world.memory, world.engine, file)
     after, rows_now = state(world)
     baselines = [change for change in after if change.reason is None and change.op == "baseline"]
     assert rows_now == rows
@@ -136,10 +136,10 @@ def test_history_rows_and_vectors_are_there_again(world: World) -> None:
 
 def test_imported_facts_export_the_same_file(world: World) -> None:
     """Only the header differs, because it counts rows that the log did not have."""
-    live(world)
+    write_history(world)
     file = export(world.memory, world.engine)
     empty(world)
-    take_in(world.memory, world.engine, file)
+    import_file(world.memory, world.engine, file)
     assert body(export(world.memory, world.engine)) == body(file)
 
 
@@ -149,13 +149,13 @@ def test_transfer_to_postgres_and_back_keeps_the_file(
 ) -> None:
     """The returned file equals the original."""
     here, there = World(sqlite_engine), World(postgres_engine)
-    live(here)
+    write_history(here)
     file = export(here.memory, sqlite_engine)
-    take_in(there.memory, postgres_engine, file)
+    import_file(there.memory, postgres_engine, file)
     there.assert_in_step()
     history_there, rows = state(there)
     returned = export(there.memory, postgres_engine)
-    take_in(other.memory, other.engine, returned)
+    import_file(other.memory, other.engine, returned)
     assert state(other) == (history_there, rows)
     assert body(export(other.memory, other.engine)) == body(file)
     with there.session() as session:
@@ -187,7 +187,7 @@ def round_trip(source: World, target: World, steps: Any, untracked: int) -> None
     before, rows = state(source)
     if source is target:
         empty(source)
-    take_in(target.memory, target.engine, file)
+    import_file(target.memory, target.engine, file)
     after, rows_now = state(target)
     assert rows_now == rows
     if not untracked:
@@ -219,7 +219,7 @@ def test_random_histories_survive_a_transfer(
 
 def test_transfer_works_page_by_page(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of pages does not matter. *progress* shows the position."""
-    live(world)
+    write_history(world)
     whole = export(world.memory, world.engine)
     monkeypatch.setattr(export_import, "_PAGE", 2)
     monkeypatch.setattr("memstate_sa.log.unlogged.READ_CHUNK", 1)
@@ -240,7 +240,7 @@ def test_transfer_works_page_by_page(world: World, monkeypatch: pytest.MonkeyPat
 
 def test_an_export_shows_one_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction that commits during the export is not in the file, not even in part."""
-    live(world)
+    write_history(world)
     monkeypatch.setattr(export_import, "_PAGE", 2)
     expected = [change["tx"] for change in lines(export(world.memory, world.engine), "entry")][:-2]
 
@@ -263,7 +263,7 @@ def test_an_export_shows_one_moment(world: World, monkeypatch: pytest.MonkeyPatc
 
 def test_one_class_can_be_exported_alone(world: World) -> None:
     """The file has only the labels of its own transactions. It may be imported before rows that refer to it."""
-    txs = live(world)
+    txs = write_history(world)
     with world.session() as session:
         world.memory.annotate(session, actor="tagger")
         session.add(Tag(name="of nobody", meaning="x"))
@@ -273,16 +273,16 @@ def test_one_class_can_be_exported_alone(world: World) -> None:
     assert {line["entity"] for line in lines(people, "entry")} == {"person"}
     assert set(txs) <= {line["tx"] for line in lines(people, "transaction")} and tagged not in people
     empty(world)
-    take_in(world.memory, world.engine, people)
+    import_file(world.memory, world.engine, people)
     world.assert_in_step()
 
 
-def test_relays_deliver_what_was_imported(world: World) -> None:
+def test_relays_deliver_imported_facts(world: World) -> None:
     """This includes deleted keys, because an existing index may hold them."""
-    live(world)
+    write_history(world)
     file = export(world.memory, world.engine)
     empty(world)
-    take_in(world.memory, world.engine, file)
+    import_file(world.memory, world.engine, file)
     with world.engine.connect() as connection:
         marked = set(connection.execute(select(outbox.c.entity, outbox.c.key)).all())
         logged = set(connection.execute(select(log.c.entity, log.c.key)).all())
@@ -291,25 +291,25 @@ def test_relays_deliver_what_was_imported(world: World) -> None:
 
 def test_erased_facts_stay_erased(world: World) -> None:
     """Their entries record that a fact existed, without its content."""
-    live(world)
+    write_history(world)
     with world.session() as session:
         world.memory.erase(session, Person, session.scalars(select(Person.id).where(Person.name == "last")).one())
         session.commit()
     file = export(world.memory, world.engine)
     assert "the last one" not in file
     empty(world)
-    take_in(world.memory, world.engine, file)
+    import_file(world.memory, world.engine, file)
     assert body(export(world.memory, world.engine)) == body(file)
     world.assert_in_step()
 
 
-def test_triggers_do_not_log_it_twice(engine: Engine) -> None:
+def test_triggers_do_not_log_an_import_twice(engine: Engine) -> None:
     """The import already logs its rows, so triggers must skip them."""
     world = World(engine, capture="trigger")
-    live(world)
+    write_history(world)
     file = export(world.memory, engine)
     empty(world)
-    take_in(world.memory, engine, file)
+    import_file(world.memory, engine, file)
     assert body(export(world.memory, engine)) == body(file)
     world.assert_in_step()
     with world.session() as session:
@@ -331,7 +331,7 @@ def counts(engine: Engine) -> list[int]:
 def refused(world: World, file: str, error: type[Exception] = MemstateError) -> str:
     before = counts(world.engine)
     with pytest.raises(error) as raised:
-        take_in(world.memory, world.engine, file)
+        import_file(world.memory, world.engine, file)
     assert counts(world.engine) == before
     return str(raised.value)
 
@@ -345,7 +345,7 @@ def changed(file: str, number: int, **values: Any) -> str:
 
 def test_a_broken_file_is_refused_as_a_whole(world: World) -> None:
     """The error has the number of the line and the reason."""
-    live(world)
+    write_history(world)
     file = export(world.memory, world.engine)
     empty(world)
     count = len(file.splitlines())
@@ -386,12 +386,12 @@ def test_a_broken_file_is_refused_as_a_whole(world: World) -> None:
         stream = io.TextIOWrapper(io.BytesIO(file.splitlines(keepends=True)[0].encode() + b"\xff\xfe\n"), "utf-8")
         stream._CHUNK_SIZE = 1  # type: ignore[attr-defined]
         world.memory.import_facts(world.engine, stream)
-    take_in(world.memory, world.engine, file)
+    import_file(world.memory, world.engine, file)
     world.assert_in_step()
 
 
 def test_classes_that_are_not_tracked_are_refused(world: World) -> None:
-    live(world)
+    write_history(world)
     file = export(world.memory, world.engine)
     empty(world)
     assert "unknown entities: other" in refused(world, changed(file, 1, entities={"person": 1, "other": 1}))
@@ -401,7 +401,7 @@ def test_classes_that_are_not_tracked_are_refused(world: World) -> None:
 
 def test_import_refuses_facts_that_exist(world: World) -> None:
     """A known transaction, a fact, a deleted fact, and a row that the log does not know."""
-    live(world)
+    write_history(world)
     file = export(world.memory, world.engine)
     assert "Was this file imported before?" in refused(world, file, ConflictError)
     without_labels = [line for line in file.splitlines(keepends=True) if '"line":"transaction"' not in line]
@@ -422,7 +422,7 @@ def test_import_refuses_facts_that_exist(world: World) -> None:
     with world.engine.begin() as connection:
         connection.execute(text("DELETE FROM tag"))
         connection.execute(insert(Tag.__table__), {"name": "another", "meaning": "in nobody's way"})
-    take_in(world.memory, world.engine, file)
+    import_file(world.memory, world.engine, file)
     world.memory.backfill(world.engine, Tag)
     world.assert_in_step()
 
@@ -534,7 +534,7 @@ def test_rows_that_refer_to_each_other_are_imported(
         session.get_one(Team, 2).captain_id = 1
         session.commit()
     file = export(source.memory, second)
-    assert take_in(target.memory, engine, file) == len(lines(file, "entry"))
+    assert import_file(target.memory, engine, file) == len(lines(file, "entry"))
     target.check()
     assert body(export(target.memory, engine)) == body(file)
     target.write(Goal(player_id=9))  # the next key is free
@@ -566,7 +566,7 @@ def test_import_moves_a_custom_sequence_past_its_keys(second: Engine, engine: En
     if engine.dialect.name == "postgresql":
         with engine.begin() as connection:
             connection.execute(text("DROP SEQUENCE gone"))
-    take_in(target.memory, engine, export(source.memory, second))
+    import_file(target.memory, engine, export(source.memory, second))
     target.write(Ticket(), Coupon())
     with target.session() as session:
         for model in (Ticket, Coupon):
@@ -585,7 +585,7 @@ def test_trees_and_rows_in_several_tables_are_imported(
     source.write(Node(id=3))
     source.write(Leaf(id=2, parent_id=3, due=datetime(2026, 2, 28, 12, 30)))
     source.write(Leaf(id=1, parent_id=2))
-    take_in(target.memory, engine, export(source.memory, second))
+    import_file(target.memory, engine, export(source.memory, second))
     target.check()
     with target.sessions() as session:
         nodes = session.scalars(select(Node).order_by(Node.id)).all()
@@ -599,13 +599,13 @@ def test_trees_and_rows_in_several_tables_are_imported(
     target.memory.close()
 
 
-def test_a_row_that_the_tables_refuse_refuses_all(second: Engine, engine: Engine) -> None:
+def test_a_row_that_the_tables_refuse_fails_the_whole_import(second: Engine, engine: Engine) -> None:
     """The row refers to a row that is not in the file."""
     source, target = Application(second), Application(engine)
     for row in (Team(id=1), Player(id=1, team_id=1), Goal(player_id=1)):
         source.write(row)
     with pytest.raises(ConflictError, match=r"Cannot import rows of a_goal: .*(?i:foreign key)"):
-        take_in(target.memory, engine, export(source.memory, second, Goal))
+        import_file(target.memory, engine, export(source.memory, second, Goal))
     with engine.connect() as connection:
         assert connection.scalar(select(func.count()).select_from(log)) == 0
     target.memory.close()
@@ -637,7 +637,7 @@ def test_values_of_every_kind_cross_over(second: Engine, engine: Engine, tmp_pat
     source, target = Application(second), Application(engine)
     nothing = dict.fromkeys(("number", "fraction", "flag", "blob", "mood", "day", "clock", "wait", "wall", "moment"))
     source.write(kinds(), kinds(data=None, **nothing), kinds(fraction=float("inf"), text="b"), kinds(data=sa.null()))
-    take_in(target.memory, engine, export(source.memory, second))
+    import_file(target.memory, engine, export(source.memory, second))
     target.check()
     for each in (second, engine):  # JSON's null differs from SQL's
         with each.connect() as connection:
@@ -657,7 +657,7 @@ def test_values_of_every_kind_cross_over(second: Engine, engine: Engine, tmp_pat
 
     third = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'third.db'}"))
     back = Application(third)
-    take_in(back.memory, third, export(target.memory, engine))
+    import_file(back.memory, third, export(target.memory, engine))
     back.check()
     assert loaded(back, drop_zone=False) == loaded(source, drop_zone=False)
     assert body(export(back.memory, third)) == body(export(source.memory, second))
@@ -678,7 +678,7 @@ def test_import_logs_values_as_the_database_stores_them(second: Engine, engine: 
                 )
             )
     source.write(kinds(fixed="six"))
-    take_in(target.memory, engine, export(source.memory, second))
+    import_file(target.memory, engine, export(source.memory, second))
     target.check()
     with target.sessions() as session:
         *_, last = target.memory.history(session, Kinds)
@@ -695,7 +695,7 @@ def test_history_of_an_older_shape_is_taken_in(second: Engine, engine: Engine) -
     source.write(Team(id=1, text="old"))
     upgraded = {"version": 2, "upgrade": {1: lambda row: {**row, "text": row["text"] + "!"}}}
     target = Application(engine, Team=upgraded)
-    take_in(target.memory, engine, export(source.memory, second))
+    import_file(target.memory, engine, export(source.memory, second))
     target.check()
     with target.sessions() as session:
         assert session.get_one(Team, 1).text == "old!"
@@ -707,7 +707,7 @@ def test_unique_values_are_kept(second: Engine, engine: Engine) -> None:
     source = Application(second, Team={"unique_by": ("text",)})
     target = Application(engine, Team={"unique_by": ("text",)})
     source.write(Team(id=1, text="only one"))
-    take_in(target.memory, engine, export(source.memory, second))
+    import_file(target.memory, engine, export(source.memory, second))
     with engine.connect() as connection:
         assert connection.execute(select(unique.c.key)).all() == [("[1]",)]
     with pytest.raises(ConflictError):

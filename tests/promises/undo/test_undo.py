@@ -370,7 +370,7 @@ def clear(app: App) -> None:
 
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("examples", sizes(8, 80))
-def test_rollback_is_the_state_so_many_transactions_ago(app: App, examples: int) -> None:
+def test_rollback_restores_the_state_n_transactions_ago(app: App, examples: int) -> None:
     @explore(examples, steps=_steps, back=st.integers(1, 10), again=st.integers(1, 3))
     def _holds(steps: Any, back: int, again: int) -> None:
         clear(app)
@@ -432,7 +432,7 @@ def test_as_of_takes_a_time_or_a_transaction(app: App) -> None:
         ]  # fmt: skip
         with pytest.raises(NotFound):
             words("nothing")
-        with pytest.raises(MemstateError, match="is keyed by id"):
+        with pytest.raises(MemstateError, match=r"the primary key of .* is id"):
             app.memory.as_of(session, Player, (1, 2), first)
 
 
@@ -592,7 +592,7 @@ def test_undo_returns_the_changes_that_the_history_shows(app: App) -> None:
     app.check()
 
 
-def test_nobody_changes_a_fact_between_the_look_and_the_undo(
+def test_writers_wait_while_an_undo_reads_and_writes_a_fact(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others must wait, because the undo would overwrite their commits unseen."""

@@ -481,7 +481,7 @@ def test_unique_arrays_are_compared_like_other_values(postgres_engine: Engine) -
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_what_only_the_database_knows_refuses_the_undo_as_a_whole(engine: Engine, capture: str) -> None:
+def test_constraints_that_only_the_database_knows_refuse_the_whole_undo(engine: Engine, capture: str) -> None:
     """A partial index and an untracked row: nothing is written, even with on_conflict="skip"."""
     here = sa.text("NOT gone")
 
@@ -767,7 +767,7 @@ def test_refusal_names_the_constraint_and_the_rows_in_the_way(engine: Engine, ki
 # -- concurrent transactions -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:The database itself changes rows of child")
+@pytest.mark.filterwarnings("ignore:The log misses some changes of child")
 @pytest.mark.parametrize("joined", [False, True])
 def test_undo_waits_for_a_child_that_arrives(postgres_engine: Engine, *, joined: bool) -> None:
     """The undo waits and then sees the child. Otherwise the database would delete it without a log entry."""

@@ -10,7 +10,7 @@ from memstate_sa.indexes.base import Match, Scalar
 
 
 class Candidate(NamedTuple):
-    """A near point of ours, with the metadata that the filter is applied to."""
+    """A near point that memstate_sa wrote, with its metadata for the filter."""
 
     match: Match
     metadata: Mapping[str, Scalar]
@@ -20,16 +20,16 @@ class Answer(NamedTuple):
     candidates: Sequence[Candidate]
     """Nearest first."""
     is_short: bool
-    """Fewer than asked for."""
+    """The server returned fewer candidates than requested."""
 
 
 def nearest(
     ask: Callable[[int, bool], Answer], limit: int, condition: Mapping[str, Any], *, exact: bool
 ) -> list[Match]:
-    """The *limit* nearest that satisfy the canonical filter. ``ask(count, exact)`` answers with a superset.
+    """The *limit* nearest points that satisfy the canonical filter. ``ask(count, exact)`` returns a superset of them.
 
-    A graph may not lead to every point, least of all past points that are filtered out. After a short answer the server
-    is asked again, exactly.
+    A graph search may miss points, most of all behind points that the filter removes. After a short answer, the server
+    is asked for an exact search.
     """
     count = limit
     while True:

@@ -1,0 +1,30 @@
+"""`CleanUpThread`: the background work of a relay that has no index: sweeps, and retention of the log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+_PAUSE_S = 1.0
+"""The interval of the calls. A relay cleans up once a minute, and more often while there is more."""
+
+
+class CleanUpThread:
+    """Calls *clean_up* again and again. Other relays do that between deliveries."""
+
+    def __init__(self, clean_up: Callable[[], None]) -> None:
+        self._clean_up = clean_up
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memstate-relay", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._clean_up()
+            self._stopping.wait(_PAUSE_S)
+
+    def stop(self, deadline: float) -> None:
+        """Stop, and wait until *deadline* at most, a time of `time.monotonic`."""
+        self._stopping.set()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
