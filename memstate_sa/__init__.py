@@ -14,26 +14,46 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncMemoryStore",
+    "BackfillOptions",
+    "Backlog",
     "Change",
+    "Changes",
     "ConflictError",
+    "DeadLetter",
     "DeliveryError",
     "DeliveryRejected",
     "DeliveryRetryable",
     "Diagnosis",
     "DriftReport",
+    "Embedder",
     "Fact",
     "HistoryMissing",
     "Hit",
     "Hits",
+    "Incomplete",
+    "IndexBroken",
     "IndexMismatch",
     "Memory",
+    "MemoryOptions",
     "MemoryStore",
     "MemstateError",
     "MissingExtra",
     "NotFound",
+    "PastSession",
+    "Relay",
+    "RelayOptions",
+    "Retention",
+    "RetryPolicy",
+    "Revocation",
+    "RevokeOptions",
+    "RollbackOptions",
+    "SearchOptions",
+    "TrackOptions",
     "UntrackedWrite",
     "UntrackedWriteWarning",
     "ValidationFailed",
+    "VectorIndex",
     "metadata",
     "sqlite",
 ]
@@ -43,7 +63,8 @@ def __getattr__(name: str) -> Any:
     """Import the public names when the first of them is needed: `memstate-sa --help` needs none."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("memstate_sa.api"), name)
+    value = globals()[name] = getattr(import_module("memstate_sa.api"), name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -184,7 +184,7 @@ def test_service_adopts_memory_over_http(project: Project, chroma: str | None) -
     project.with_memory()
     project.run("alembic", "revision", "--autogenerate", "--rev-id", "0007", "-m", "memory")
     assert code(project.folder / REVISION) == code(EXAMPLE / REVISION), (
-        f"Alembic writes another migration now: bring {REVISION} up to date with what it wrote, formatted by ruff"
+        f"Alembic writes another migration now. Copy its migration to {REVISION}, formatted by ruff"
     )
     project.run("alembic", "upgrade", "head")
     cli = shutil.which("memstate-sa", path=str(Path(sys.executable).parent))

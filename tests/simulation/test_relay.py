@@ -21,6 +21,7 @@ from memstate_sa.relay.requests import (
     Acknowledge,
     Claim,
     Claimed,
+    Exchange,
     KeyPage,
     ListFacts,
     PageState,
@@ -30,7 +31,6 @@ from memstate_sa.relay.requests import (
     Redirty,
     Release,
     Request,
-    Steps,
     Upsert,
 )
 from memstate_sa.relay.sources import Source
@@ -45,7 +45,7 @@ ENOUGH = 2000  # seeds that are enough to find a fault made on purpose
 
 
 @pytest.mark.timeout(PATIENCE_S)
-@pytest.mark.skipif(ONE is not None, reason="one seed is asked for")
+@pytest.mark.skipif(ONE is not None, reason="MEMSTATE_SIM_SEED selects one seed")
 @pytest.mark.parametrize("reads_ahead", [False, True], ids=["one-page", "two-pages"])
 @pytest.mark.parametrize(
     "seeds",
@@ -62,7 +62,7 @@ def test_every_history_converges(seeds: range, reads_ahead: bool) -> None:
             pytest.fail(f"{explain(config)}\nreplay: MEMSTATE_SIM_SEED={seed} pytest tests/simulation", pytrace=False)
 
 
-@pytest.mark.skipif(ONE is None, reason="MEMSTATE_SIM_SEED says which")
+@pytest.mark.skipif(ONE is None, reason="set MEMSTATE_SIM_SEED")
 @pytest.mark.parametrize("reads_ahead", [False, True], ids=["one-page", "two-pages"])
 def test_history_of_one_seed_converges(reads_ahead: bool) -> None:
     """Print the history of one seed, whether it converges or not."""
@@ -255,9 +255,9 @@ class Unfenced(Index):
 class UnsureIsForgotten(SlotWorker):
     """Writes that may have landed and were not recorded are not repeated."""
 
-    def step(self) -> Steps[int | None]:
+    def deliver(self) -> Exchange[int | None]:
         self._unsure.clear()
-        return (yield from super().step())
+        return (yield from super().deliver())
 
 
 class TimeoutsAreFinal(SlotWorker):
@@ -277,7 +277,7 @@ class LeavesWithoutAWord(SlotWorker):
 class RowsReadAheadAreNotReadAgain(SlotWorker):
     """A page that was read ahead is written unchanged, although some of its keys have been delivered since."""
 
-    def _state_of(self, source: Source) -> Steps[PageState]:
+    def _state_of(self, source: Source) -> Exchange[PageState]:
         if self._ahead is not None:
             self._ahead.outdated.clear()
         return (yield from super()._state_of(source))
@@ -313,7 +313,7 @@ FAULTS: dict[type, str] = {
 """The broken part, and a theme of histories that soon shows it."""
 
 
-@pytest.mark.skipif(ONE is not None, reason="one seed is asked for")
+@pytest.mark.skipif(ONE is not None, reason="MEMSTATE_SIM_SEED selects one seed")
 @pytest.mark.parametrize("broken", FAULTS, ids=lambda kind: kind.__name__)
 def test_a_fault_is_found(broken: type) -> None:
     """Each rule that is broken on purpose shows in some history that converges without the fault."""

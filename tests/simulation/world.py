@@ -23,6 +23,7 @@ from memstate_sa.relay.requests import (
     Claim,
     Embed,
     Embedded,
+    Exchange,
     Fetch,
     KeyPage,
     ListFacts,
@@ -33,7 +34,6 @@ from memstate_sa.relay.requests import (
     Release,
     Remove,
     Request,
-    Steps,
     Upsert,
 )
 from memstate_sa.relay.retry import Breaker, RetryPolicy
@@ -220,11 +220,11 @@ class Worker:
     slot_worker: SlotWorker
     breaker: Breaker
     me: Me
-    steps: Steps[Any] | None = None
+    steps: Exchange[Any] | None = None
     doing: str = ""
     request: Request[Any] | None = None
     answer: tuple[Any, Exception | None] | None = None
-    ahead: Steps[None] | None = None  # beside an Upsert
+    ahead: Exchange[None] | None = None  # beside an Upsert
     asks_ahead: Request[Any] | None = None
     rests: bool = False  # its last step found nothing to do
     paused_until: float = 0.0
@@ -495,7 +495,7 @@ class World:
         """Delete a point like another program, and let `verify` repair this."""
         state = self.database.states.get((index.name, index.incarnation))
         if state is not None and index.points.pop(fact, None) is not None:
-            self.log("index", index.name, "has lost", fact, "and is to be given it again")
+            self.log("index", index.name, "has lost", fact, "and verify repairs it")
             self.database.repair(state, fact)
 
     def _pause(self, worker: Worker) -> None:
@@ -522,7 +522,7 @@ class World:
     def _crash(self, worker: Worker) -> None:
         index, request = worker.index, worker.request
         if not index.fenced and worker.overtaken:
-            return  # only this worker could report its late writes: see the deadline in docs/architecture
+            return  # only this worker could report its late writes: see docs/explanation/architecture.md
         self.counts["crash"] += 1
         self._heat(request)
         self.log(worker.owner, "crashes, before", _short(request))
@@ -585,7 +585,7 @@ class World:
         else:
             self._tell(worker, reply, error)
 
-    def _advance_ahead(self, worker: Worker, ahead: Steps[None]) -> None:
+    def _advance_ahead(self, worker: Worker, ahead: Exchange[None]) -> None:
         """Execute one request beside a call of the index, which may not have landed yet."""
         request, reply, error = worker.asks_ahead, None, None
         if request is not None:
@@ -638,7 +638,7 @@ class World:
             elif worker.doing == "step" and self.rng.random() < 0.2:
                 worker.doing, worker.steps = "save", slot_worker.save()
             else:
-                worker.doing, worker.steps, worker.began = "step", slot_worker.step(), self.now
+                worker.doing, worker.steps, worker.began = "step", slot_worker.deliver(), self.now
                 worker.rests = False
         self._resume_steps(worker, None, None)
 
@@ -678,7 +678,7 @@ class World:
                 worker.rests = True
                 due_at = worker.slot_worker.due_at
                 if due_at < worker.began:
-                    raise Violation(f"{worker.owner} spins: it did nothing, and is due since {due_at - 1000:.3f}")
+                    raise Violation(f"{worker.owner} spins: it did nothing, and has been due since {due_at - 1000:.3f}")
                 worker.idle_until = min(self.now + LEASE_S / 3, due_at)
 
     # -- the effects of requests ---------------------------------------------------------------------------------------
@@ -728,7 +728,7 @@ class World:
         if self.happens("is slow"):
             self.pass_time(self.rng.choice((0.2, 0.6, 1.2, 2.5)) * LEASE_S)
         if worker.me.incarnation != worker.index.incarnation:
-            raise DeliveryRetryable("the index is another", may_land=False)
+            raise DeliveryRetryable("the index has another incarnation", may_land=False)
         if self.happens("fails"):
             raise DeliveryRetryable("refused the connection", may_land=False)
         if self.happens("is told when to retry"):
@@ -768,7 +768,7 @@ class World:
             self._land(half._replace(writes=[write for write in half.writes if not is_poison(write)]))
             raise DeliveryRejected("the index refuses a point")
         if len(writes) > 1 and self.happens("is refused at first"):
-            raise DeliveryRejected("the index refuses so many points")
+            raise DeliveryRejected("the index refuses this many points")
         if self.happens("lands late"):
             self._land_later(landing)
             raise DeliveryRetryable("timed out, and lands late")
@@ -794,9 +794,9 @@ class World:
             given = write.point
             if given is not None:
                 if given.fingerprint not in self.committed[write.fact]:
-                    raise Violation(f"{write.fact} is given {given.fingerprint}, which was never committed")
+                    raise Violation(f"{write.fact} gets {given.fingerprint}, which was never committed")
                 if given.fingerprint.partition("|")[0] != cast("Any", given.vector):
-                    raise Violation(f"{write.fact} is given {given.fingerprint} with the vector of {given.vector}")
+                    raise Violation(f"{write.fact} gets {given.fingerprint} with the vector of {given.vector}")
             index.write(write)
             if worker is not None and state is not None:
                 slot = self.database.slot(write.fact)
@@ -824,7 +824,7 @@ class World:
             raise Violation(f"does not come to rest: {self._left()}")
         self._compare()
         if more := [worker.owner for worker in self.workers if worker.slot_worker.more]:
-            raise Violation(f"{more} have more to do, they say")
+            raise Violation(f"{more} say that they have more to do")
         last, self.landings = self.landings, []
         for landing in last:
             self._land(landing)
@@ -886,7 +886,7 @@ class World:
         if row is None or row.text not in POISON:
             raise Violation(f"index {index.name}: {fact} is dead, but its row is {row}")
         if not error.startswith("DeliveryRejected"):
-            raise Violation(f"index {index.name}: {fact} is dead of {error}")
+            raise Violation(f"index {index.name}: {fact} is dead because of {error}")
 
     def _compare_ledger(self, state: State, fact: FactKey, wanted: str | None) -> None:
         recorded = state.ledger.get(fact)

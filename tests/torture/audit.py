@@ -58,12 +58,13 @@ def audit(app: App) -> Audit:
     receipts = _receipts(app)
     journals = {path.stem: _lines([path]) for path in sorted((app.setting.folder / "journal").glob("*.jsonl"))}
     result.count("commits lost", _lost(journals, receipts))
-    result.count("rolled back, and there", _come_back(journals, receipts))
-    result.count("rows that are not what their writer left", _unlike(app, journals, receipts))
-    result.count("given to an index, and never committed", _never_committed(app.setting.folder, receipts))
+    result.count("rows that were rolled back", _come_back(journals, receipts))
+    result.count("rows that differ from their writer's journal", _unlike(app, journals, receipts))
+    result.count("points that were never committed", _never_committed(app.setting.folder, receipts))
     result.count("rows that the log does not replay to", _unlike_log(app))
     result.count(
-        "seen by a writer", (line["problem"] for lines in journals.values() for line in lines if "problem" in line)
+        "errors that a writer saw",
+        (line["problem"] for lines in journals.values() for line in lines if "problem" in line),
     )
     for name, id_ in differing[:20]:
         result.context += _context(app, name, id_)

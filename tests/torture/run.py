@@ -28,8 +28,7 @@ from memstate_sa import MemstateError
 from memstate_sa.errors import DeliveryError
 from memstate_sa.relay.backlog import Backlog, backlog
 from memstate_sa.relay.index_key import IndexKey
-from tests.support.redis_server import AT_ONCE
-from tests.support.redis_server import Server as Redis
+from tests.support.redis_server import AT_ONCE, Server as Redis
 from tests.torture import worker, writer
 from tests.torture.app import COLLECTION, WORKERS, WRITERS, App, Base, Setting
 from tests.torture.audit import Audit, audit
@@ -511,12 +510,12 @@ def show(report: Report, console: Console) -> None:
     done.add_row("commits without an answer", str(journal["committing"] - journal["committed"]))
     for name in report.oldest_s:
         done.add_row(f"{name}: keys delivered", str(counters[f"{name} converged"]))
-        done.add_row(f"{name}: keys refused, set aside", str(counters[f"{name} rejected"]))
+        done.add_row(f"{name}: keys refused and parked", str(counters[f"{name} rejected"]))
         done.add_row(f"{name}: slots lost to another worker", str(counters[f"{name} lost"]))
     done.add_row("lines in the workers' logs", str(report.log_lines))
-    done.add_row("CPU time of a worker, of the time", f"{report.cpu_s / WORKERS / (report.seconds or 1.0):.0%}")
+    done.add_row("CPU time of a worker, share of the time", f"{report.cpu_s / WORKERS / (report.seconds or 1.0):.0%}")
     for name, seconds in report.oldest_s.items():
-        done.add_row(f"{name}: longest wait that was seen", f"{seconds:.1f} s")
+        done.add_row(f"{name}: longest wait", f"{seconds:.1f} s")
     drained = report.drained_after_s
     done.add_row("Chroma's own files broken, and replaced", str(report.chroma_replaced))
     done.add_row("all delivered after the last fault", "never" if drained is None else f"{drained:.1f} s")

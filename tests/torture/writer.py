@@ -284,7 +284,9 @@ class Writer:
         session.flush()
         found = session.get(Recollection, id_)
         if found is None:
-            raise Problem(f"{id_} was committed, or is ours, and is not there; {_count(session)} rows are")
+            raise Problem(
+                f"{id_} is missing, although it was committed or is ours. The table has {_count(session)} rows"
+            )
         return found
 
 

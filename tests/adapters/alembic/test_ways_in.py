@@ -180,7 +180,7 @@ def test_application_adopts_our_migrations_as_a_branch(app: Application, unharme
     """The alternative: ``version_locations``, ``upgrade heads``, and metadata without our tables."""
     docs = (Path(__file__).parents[3] / "docs" / "how-to" / "migrations.md").read_text()
     way = docs.split("## Our migrations, as a branch of yours")[1].split("\nWithout any Alembic")[0]
-    assert KNOW_US in way and "register()" in way, "as it is done here"
+    assert KNOW_US in way and "register()" in way, "docs and test must agree"
     app.versions.append(location() / "versions")
     app.write_models(models() + TRACKED)
     app.write_env()

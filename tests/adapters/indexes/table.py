@@ -1,4 +1,4 @@
-"""The table in docs/indexes.md, made from the suite of the indexes: ``python -m tests.adapters.indexes.table``."""
+"""The table in docs/how-to/indexes.md, made from the suite: ``python -m tests.adapters.indexes.table``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code in docs/indexes.md runs, and its custom index passes the suite as documented."""
+"""The code in docs/how-to/indexes.md runs, and its custom index passes the suite as documented."""
 
 from __future__ import annotations
 

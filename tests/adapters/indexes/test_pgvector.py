@@ -494,7 +494,7 @@ def test_a_purge_rewrites_the_files(vector_engine: Engine, index: PgVectorIndex)
             connection.execute(text("CHECKPOINT"))
             base = Path(str(connection.scalar(text("SHOW data_directory")))) / "base"
         if not base.is_dir():
-            pytest.skip("the files of this PostgreSQL are out of reach")
+            pytest.skip("cannot read the files of this PostgreSQL")
         return any(secret.encode() in path.read_bytes() for path in base.rglob("*") if path.is_file())
 
     index.upsert([point("gone", metadata={"v": secret}), point("kept", Y)])

@@ -1,4 +1,4 @@
-"""The table in docs/indexes.md agrees with the suite."""
+"""The table in docs/how-to/indexes.md agrees with the suite."""
 
 from __future__ import annotations
 

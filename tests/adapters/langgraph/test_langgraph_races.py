@@ -237,7 +237,7 @@ def test_two_batches_that_add_and_change_items_do_not_deadlock(engine: Engine) -
                 if connection.scalar(_WAITING):
                     return
                 threading.Event().wait(0.01)
-        raise AssertionError("nobody waits for this transaction")
+        raise AssertionError("no transaction waits for this one")
 
     @event.listens_for(engine, "before_cursor_execute")
     def pause(_: Any, __: Any, statement: str, *___: Any) -> None:

@@ -664,7 +664,7 @@ def assert_nothing_is_left_open(agent: Agent) -> None:
     """Assert that soon no step and no lock is left. Another thread closes the step, so this may take a moment."""
     deadline = time.monotonic() + 60
     while agent.saver._steps._open or agent.saver._steps._committing:
-        assert time.monotonic() < deadline, "a step is left open"
+        assert time.monotonic() < deadline, "a step is still open"
         gc.collect()
         time.sleep(0.01)
     with agent.world.session() as session:

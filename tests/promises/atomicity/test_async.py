@@ -85,7 +85,7 @@ async def test_sync_engine_uses_the_applications_own_engine(world: World, async_
         pass
     pool = derived.pool
     other.memory.close()
-    assert derived.pool is not pool, "dispose() makes another"
+    assert derived.pool is not pool, "dispose() replaces the pool"
     own.dispose()
 
 
@@ -127,7 +127,7 @@ async def test_a_collection_forgets_a_fact_that_an_undo_took_back(
         await session.commit()
         await session.run_sync(world.memory.rollback)
         await session.commit()
-        assert persons[1].notes == [], "it was not in the way, so it needs no refresh"
+        assert persons[1].notes == [], "the undo did not touch it, so it needs no refresh"
         assert "notes" not in inspect(persons[0]).dict
         await session.refresh(persons[0], ["notes"])
         assert persons[0].notes == []

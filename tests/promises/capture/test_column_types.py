@@ -506,7 +506,9 @@ def things(engine: Engine, type_: Any) -> tuple[Memory, sessionmaker[Session], A
             sa.CHAR(5),
             "ab",
             "ab   ",
-            marks=pytest.mark.skipif(sa.__version__ < "2.1", reason="2.0 itself does not find such a row again"),
+            marks=pytest.mark.skipif(
+                sa.__version__ < "2.1", reason="SQLAlchemy 2.0 itself does not find this row again"
+            ),
         ),
     ],
 )
@@ -539,7 +541,7 @@ def test_key_stored_in_another_form_is_one_key(postgres_engine: Engine, type_: A
 def test_history_is_found_by_a_key_in_another_form(engine: Engine, type_: Any, stored: Any, given: Any) -> None:
     """The log is queried in its own form: for current rows, older rows and deleted rows."""
     if engine.dialect.name == "sqlite" and not isinstance(type_, sa.Numeric):
-        pytest.skip("texts are as they are given")
+        pytest.skip("SQLite stores texts unchanged")
 
     memory, sessions, Thing = things(engine, type_)  # noqa: N806
 

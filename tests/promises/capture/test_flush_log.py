@@ -83,7 +83,7 @@ def test_a_fact_has_the_key_that_the_database_holds(engine: Engine, kind: str, c
     """This holds from insert to undo, for keys of any Python type."""
     type_, key = KEYS[kind]
     if "number" in kind and engine.dialect.name == "sqlite" and capture == "trigger":
-        pytest.skip("SQLite keeps it as a float: a trigger takes no such key")
+        pytest.skip("SQLite stores it as a float, which triggers refuse as a key")
     model = model_of(type_)
     app = make_app(engine, model, capture=capture)
     app.write(model(id=key, text="one"))

@@ -18,8 +18,7 @@ from memstate_sa.capture import triggers
 from memstate_sa.capture.append_only import rewriting
 from memstate_sa.capture.captured_tables import CapturedTable, captured_in
 from memstate_sa.db import functions
-from memstate_sa.db.tables import log, outbox, trigger_context
-from memstate_sa.db.tables import transaction as transactions
+from memstate_sa.db.tables import log, outbox, transaction as transactions, trigger_context
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.migrations import VERSION_TABLE, __main__
 from memstate_sa.testing import HashEmbedder
@@ -419,7 +418,7 @@ def test_any_name_can_be_captured(postgres_engine: Engine, name: str) -> None:
 
 
 def documented_grants(to: str, role: str) -> str:
-    """The GRANT statements of docs/security.md, for *role*."""
+    """The GRANT statements of docs/how-to/roles.md, for *role*."""
     blocks = re.findall(r"^```sql\n(.*?)^```$", SECURITY.read_text(), re.MULTILINE | re.DOTALL)
     [block] = [block for block in blocks if f"TO {to};" in block]
     return block.replace(f"TO {to};", f"TO {role};")

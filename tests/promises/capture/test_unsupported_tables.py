@@ -54,7 +54,7 @@ def assert_refused(memory: Memory, engine: Engine, name: str, reason: str) -> No
 @pytest.mark.parametrize("kind", ["VIEW", "MATERIALIZED VIEW"])
 def test_a_view_is_refused(engine: Engine, capture: Capture, kind: str) -> None:
     if engine.dialect.name == "sqlite" and kind != "VIEW":
-        pytest.skip("SQLite has none")
+        pytest.skip("SQLite does not have this kind")
     execute(engine, "CREATE TABLE entry (id INTEGER PRIMARY KEY, text TEXT)")
     execute(engine, f"CREATE {kind} note AS SELECT id, text FROM entry")
     try:

@@ -218,7 +218,7 @@ def test_rows_of_a_killed_worker_are_taken_over(make: Callable[[int], Applicatio
         poll(lambda: app.seen() > 0)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         if not children.exists():
-            pytest.skip("this system does not tell which processes are whose")
+            pytest.skip("this system does not list child processes")
         for child in children.read_text().split():
             os.kill(int(child), signal.SIGKILL)
         output, _ = process.communicate(timeout=100)

@@ -59,7 +59,7 @@ def test_move_to_another_embedder_finds_everything(shop: Shop) -> None:
     assert {hit.fact.name for hit in moving.search("drink", limit=9)} == {*DRINKS, "e"}
     moving.say(a="green tea, iced", f="juice")
     moving.assert_in_step("memory", "memory_v2")
-    assert before.asks() == "memory", "who does not know of the successor goes on as before"
+    assert before.asks() == "memory", "a process without the successor keeps the old index"
 
     assert moving.memory.reindex_back(shop.engine, "memory") == "memory"
     assert moving.asks() == "memory"
@@ -239,7 +239,7 @@ def test_reindex_killed_again_and_again_ends_clean(tmp_path: Path, engine: Engin
         time.sleep(chance.uniform(0.2, 2.0))
         child.kill()
         child.join()
-        assert child.exitcode == -signal.SIGKILL, "it ended by itself"
+        assert child.exitcode == -signal.SIGKILL, "the process ended by itself"
     last = processes.Process(target=reindex_child.check, args=(tmp_path, url))
     last.start()
     last.join()
@@ -394,7 +394,7 @@ def test_successor_unfilled_by_another_memory_takes_no_place(shop: Shop) -> None
         connection.execute(delete(refill).where(refill.c.index == "memory_v2", refill.c.entity == "person"))
     with people.sessions() as session:
         hits = people.memory.search(session, "tea", Person, index="memory_v2", consistency="eventual")
-        assert not hits.complete, "it is being filled"
+        assert not hits.complete, "the index is being filled"
     with pytest.raises(DeliveryError, match="index 'memory_v2': it is not filled with person"):
         tags.memory.reindex(shop.engine)
     assert tags.asks() == "memory"
@@ -487,11 +487,11 @@ def test_impossible_arguments_are_refused(shop: Shop) -> None:
     """Arguments that are impossible raise clear errors."""
     indexes = {"a": InMemoryIndex(), "b": InMemoryIndex(), "c": InMemoryIndex()}
     one = HashEmbedder()
-    with pytest.raises(MemstateError, match=r"give one for each index: a, b, c"):
+    with pytest.raises(MemstateError, match=r"Give one for each index: a, b, c"):
         Memory(indexes, embedder={"a": one})
-    with pytest.raises(MemstateError, match=r"embedder='a': give an Embedder"):
+    with pytest.raises(MemstateError, match=r"embedder='a'\. Give an Embedder"):
         Memory(indexes, embedder="a")  # type: ignore[arg-type]
-    with pytest.raises(MemstateError, match=r"embedder=3: give an Embedder"):
+    with pytest.raises(MemstateError, match=r"embedder=3\. Give an Embedder"):
         Memory(indexes, embedder={"a": one, "b": 3, "c": one})  # type: ignore[dict-item]
     with pytest.raises(MemstateError, match=r"Unknown index 'x' in successors="):
         Memory(indexes, embedder=one, successors={"a": "x"})

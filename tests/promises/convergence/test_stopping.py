@@ -176,5 +176,5 @@ def test_owner_that_may_live_elsewhere_is_not_gone(owner: str) -> None:
 
 def test_process_id_that_was_given_again_is_another_process() -> None:
     if leases._machine() == "?":
-        pytest.skip("this system does not tell which boot this is")
+        pytest.skip("this system does not identify its boot")
     assert leases.is_gone(f"{leases._machine()} {os.getpid()} 1 ab")

@@ -579,7 +579,7 @@ def test_columns_that_no_class_declares_are_named(engine: Engine, capture: str) 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             app.memory.rollback(session)
-            assert not caught, "the row has kept them"
+            assert not caught, "the row keeps its other columns"
             for _ in range(2):
                 session.delete(session.get_one(Client, 1))
                 session.commit()
