@@ -14,7 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from memstate_sa.cli.display import Console, progress_bar
+from memstate_sa.cli.display import Console, counted, progress_bar
 from memstate_sa.cli.opening import load_models, open_memory
 from memstate_sa.cli.options import App, Url
 
@@ -74,7 +74,7 @@ def backfill(
                         run(limit=0, restart=False, progress=update)
                 run(rate=rate, restart=False, progress=update)  # the rest, or the error, of a process that failed
                 added = _added(engine) - added_before
-        console.print(f"{added} rows were new to the log. The relay delivers them.")
+        console.print(f"{counted(added, 'row was', 'rows were')} new to the log. The relay delivers new rows.")
         if restarts is False and not added:
             console.print("--restart goes through complete classes again.")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memstate_sa.cli.display import Console, cell, fact_name, print_json, written
+from memstate_sa.cli.display import Console, cell, counted, fact_name, print_json, written
 from memstate_sa.cli.opening import index_names, open_memory
 from memstate_sa.cli.options import App, Indexes, JsonLines, Url
 
@@ -46,10 +46,9 @@ def dead_list(
             Console().print("No key is dead.")
         for letter in letters:
             name = cell(fact_name(letter.entity, _key(letter)))
+            attempts = counted(letter.attempts, "attempt", "attempts")
             console = Console()
-            console.print(
-                f"{cell(letter.index)}  [bold]{name}[/]  {letter.attempts} attempts", highlight=False, soft_wrap=True
-            )
+            console.print(f"{cell(letter.index)}  [bold]{name}[/]  {attempts}", highlight=False, soft_wrap=True)
             console.print(f"  {cell(letter.error)}", highlight=False, soft_wrap=True)
 
 
@@ -62,7 +61,7 @@ def dead_retry(app: App, url: Url = None, index: Indexes = None, key: Keys = Non
     with open_memory(app, url) as (memory, engine):
         relay, indexes = memory.relay(engine), index_names(index, memory)
         count = relay.retry_dead(*indexes, keys=_stored(relay, indexes, key))
-        Console().print(f"{count} keys are tried again.")
+        Console().print(f"{counted(count, 'key', 'keys')} will be tried again.")
 
 
 def dead_drop(app: App, url: Url = None, index: Indexes = None, key: Keys = None) -> None:
@@ -73,7 +72,7 @@ def dead_drop(app: App, url: Url = None, index: Indexes = None, key: Keys = None
     with open_memory(app, url) as (memory, engine):
         relay, indexes = memory.relay(engine), index_names(index, memory)
         count = relay.drop_dead(*indexes, keys=_stored(relay, indexes, key))
-        Console().print(f"{count} keys are forgotten.")
+        Console().print(f"{counted(count, 'key is', 'keys are')} forgotten.")
 
 
 def _key(letter: DeadLetter) -> Any:

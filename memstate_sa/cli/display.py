@@ -74,6 +74,10 @@ def facts_json(facts: Iterable[tuple[str, object]]) -> list[dict[str, object]]:
 # -- for people ------------------------------------------------------------------------------------------------------
 
 
+def counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
 def written(value: Any) -> str:
     """*value* as people write it, and as the commands read it: text plain, the rest as JSON."""
     plain = json.loads(to_json(value))

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from memstate_sa.cli.display import Console, cell, fact_name, facts_json, print_json, progress_bar
+from memstate_sa.cli.display import Console, cell, counted, fact_name, facts_json, print_json, progress_bar
 from memstate_sa.cli.opening import open_memory, tracked_classes
 from memstate_sa.cli.options import App, JsonDocument, Url
 
@@ -51,7 +51,11 @@ def verify(
             console.print("[green]Nothing has drifted.[/]")
         elif repair:
             waiting = sum(backlog.parked + backlog.dead for backlog in memory.status(engine).values())
-            console.print(f"{waiting} facts wait for the running relay." if waiting else "[green]Repaired.[/]")
+            console.print(
+                f"{counted(waiting, 'fact waits', 'facts wait')} for the running relay."
+                if waiting
+                else "[green]Repaired.[/]"
+            )
         else:
             console.print("[red]The index has drifted.[/] --repair delivers these facts again.")
             raise typer.Exit(1)
@@ -87,7 +91,7 @@ def doctor(
         _print_facts(console, {"changed": diagnosis.changed, "gone": diagnosis.gone})
         _print_problems(console, diagnosis)
         if diagnosis.unlogged:
-            console.print(f"{diagnosis.unlogged} rows have no entry in the log. Log and deliver them with:")
+            console.print(f"{counted(diagnosis.unlogged, 'row has', 'rows have')} no entry in the log. Run:")
             command = f"memstate-sa backfill {' '.join(_unlogged(diagnosis, memory))}"
             console.print(command, markup=False, highlight=False, soft_wrap=True)
         if diagnosis.healthy:

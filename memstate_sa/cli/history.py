@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from memstate_sa.cli.display import Console, print_changes, print_json
+from memstate_sa.cli.display import Console, counted, print_changes, print_json
 from memstate_sa.cli.errors import fail
 from memstate_sa.cli.opening import load_model, open_memory
 from memstate_sa.cli.options import App, DryRun, JsonLines, OfActor, OfModel, OfSession, Url, Yes
@@ -59,7 +59,7 @@ def log(
         changes = memory.history(session, model_class, fact, actor=actor, session_id=session_id, limit=limit + 1)
         _show_changes(changes[-limit:], as_json=as_json)
         if len(changes) > limit:
-            Console(stderr=True).print(f"These are the last {limit} changes. --limit shows more.")
+            Console(stderr=True).print("There are older changes. --limit shows more.")
 
 
 def diff(
@@ -175,7 +175,7 @@ def _undo(app: str, url: str | None, undo: Callable[..., Revocation], *, dry_run
             if dry_run or not plan.reverted:
                 Console().print("Nothing was changed (--dry-run)." if dry_run else "There is nothing to undo.")
                 return
-            typer.confirm(f"Undo {len(plan.reverted)} changes?", abort=True)
+            typer.confirm(f"Undo {counted(len(plan.reverted), 'change', 'changes')}?", abort=True)
         result = undo(memory, session, dry_run=False)
         if plan is not None and _facts(plan.reverted) != _facts(result.reverted):
             session.rollback()
@@ -183,7 +183,7 @@ def _undo(app: str, url: str | None, undo: Callable[..., Revocation], *, dry_run
         session.commit()
         if plan is None:
             _print_revocation(result)
-        Console().print(f"{len(result.reverted)} changes undone.")
+        Console().print(f"{counted(len(result.reverted), 'change', 'changes')} undone.")
 
 
 def _facts(changes: Iterable[Change]) -> list[Any]:

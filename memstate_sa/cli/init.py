@@ -71,7 +71,7 @@ def init(
             for line in item.to_do.splitlines():
                 console.print(f"    {escape(line)}", highlight=False, soft_wrap=True)
         missing = sum(bool(item.to_do) for item in items)
-        console.print(f"{missing} of {len(items)} items are left." if missing else "There is nothing left to do.")
+        console.print(f"To do: {missing} of {len(items)} items." if missing else "There is nothing left to do.")
 
 
 def _only_memory() -> str:

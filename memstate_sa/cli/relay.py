@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Column, Table
 
-from memstate_sa.cli.display import Console, print_json, progress_bar
+from memstate_sa.cli.display import Console, counted, print_json, progress_bar
 from memstate_sa.cli.opening import index_names, open_memory
 from memstate_sa.cli.options import App, Indexes, JsonDocument, Timeout, Url
 from memstate_sa.errors import MemstateError, MissingExtra
@@ -106,7 +106,7 @@ def relay(
         if once:
             delivery = memory.relay(engine, lease_s=lease, retention=retention)
             try:
-                Console().print(f"{delivery.run_once()} keys converged.")
+                Console().print(f"{counted(delivery.run_once(), 'key', 'keys')} converged.")
             finally:
                 delivery.stop()  # now, so that another relay need not wait for the lease
             return
@@ -178,7 +178,12 @@ def drain(
                 show_at = monotonic() + max(0.5, 10 * (monotonic() - began))  # to count a long backlog is slow
 
         memory.relay(engine).drain(timeout, progress=show)
-        Console().print("Nothing is pending.")
+        console = Console()
+        console.print("Nothing is pending.")
+        refused = sum(backlog.parked + backlog.dead for backlog in memory.status(engine).values())
+        if refused:
+            message = f"{counted(refused, 'key was', 'keys were')} refused. `memstate-sa status` shows an error."
+            console.print(message, highlight=False)
 
 
 def _pending(memory: Memory, engine: Engine) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from memstate_sa.cli.display import Console, progress_bar
+from memstate_sa.cli.display import Console, counted, progress_bar
 from memstate_sa.cli.opening import load_models, open_memory, require_database
 from memstate_sa.cli.options import App, Url
 
@@ -30,7 +30,7 @@ def export_facts(
         models = load_models(model, memory, app)
         with progress_bar("exporting") as update:
             count = memory.export_facts(engine, file, models, progress=update)
-        Console(stderr=True).print(f"{count} changes exported.")
+        Console(stderr=True).print(f"{counted(count, 'change', 'changes')} exported.")
 
 
 def import_facts(
@@ -51,7 +51,7 @@ def import_facts(
     with open_memory(app, url) as (memory, engine):
         with progress_bar("importing") as update:
             count = memory.import_facts(engine, file, progress=update)
-        Console(stderr=True).print(f"{count} changes imported. The relay delivers the facts.")
+        Console(stderr=True).print(f"{counted(count, 'change', 'changes')} imported. The relay delivers the facts.")
 
 
 def import_langgraph(
@@ -78,4 +78,4 @@ def import_langgraph(
 
         with MemStateCheckpointer(engine, memory=memory) as checkpointer, progress_bar("importing") as update:
             count = import_checkpoints(source, checkpointer, threads=threads or (), progress=update)
-        Console(stderr=True).print(f"{count} checkpoints imported.")
+        Console(stderr=True).print(f"{counted(count, 'checkpoint', 'checkpoints')} imported.")

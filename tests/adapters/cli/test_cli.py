@@ -258,7 +258,7 @@ def test_paused_relay_delivers_nothing_until_resumed(app: Application) -> None:
     assert "paused" in app.run("status")
     assert "it is paused" in flat(app.run("drain", "--timeout", "0.2", exit_code=1))
     assert "Resumed: memory" in app.run("resume", "--index", "memory")
-    assert "1 keys converged" in app.run("relay", "--once")
+    assert "1 key converged" in app.run("relay", "--once")
     for name in ("pause", "resume"):
         assert "Unknown index 'memori'. Did you mean memory?" in flat(app.run(name, "--index", "memori", exit_code=2))
     assert "Unknown index 'x'. There is: memory." in flat(app.run("dead", "list", "--index", "x", exit_code=2))
@@ -330,17 +330,19 @@ def test_dead_keys_are_listed_retried_and_dropped(app: Application) -> None:
         "attempts": 8,
         "error": "DeliveryRejected from ValueError",
     }
-    assert "0 keys are tried again" in app.run("dead", "retry", "--key", "[77]")
-    assert "0 keys are tried again" in app.run("dead", "retry", "--key", f"other[{key}]")
+    assert "0 keys will be tried again" in app.run("dead", "retry", "--key", "[77]")
+    assert "0 keys will be tried again" in app.run("dead", "retry", "--key", f"other[{key}]")
     for name in (f"{key}", f"note {key}", f"[{key}]", f"note[{key}]"):  # as `dead list` and an error show it
-        assert "1 keys are tried again" in app.run("dead", "retry", "--key", name)
+        assert "1 key will be tried again" in app.run("dead", "retry", "--key", name)
         with app.engine.begin() as connection:
             connection.execute(update(parked).values(state="dead"))
-    assert "1 keys are tried again" in app.run("dead", "retry")
+    assert "1 key will be tried again" in app.run("dead", "retry")
     assert "No key is dead" in app.run("dead", "list")
     with app.engine.begin() as connection:
         connection.execute(update(parked).values(state="dead"))
-    assert "1 keys are forgotten" in app.run("dead", "drop")
+    assert "Nothing is pending.\n1 key was refused. `memstate-sa status` shows an error." in app.run("drain")
+    assert "memory: DeliveryRejected from ValueError" in app.run("status")
+    assert "1 key is forgotten" in app.run("dead", "drop")
     with app.engine.connect() as connection:
         assert connection.execute(select(parked)).all() == []
 
@@ -545,7 +547,7 @@ def test_log_tells_of_all_facts_and_filters(served: Application) -> None:
     assert "text: Likes tea → Likes coffee" in by_ben and "id:" not in by_ben and "rain" not in by_ben
     assert "Likes tea" in served.run("log", "--session-id", "s1")
     last = served.run("log", "--limit", "1")
-    assert "the last 1 changes" in last and "delete" in last and "Likes rain" in last and "tea" not in last
+    assert "There are older changes" in last and "delete" in last and "Likes rain" in last and "tea" not in last
     assert "ale" in served.run("log", "--model", "Pair", "--key", '[1, "[b]"]')
     assert "A key needs a class. Give --model too." in flat(served.run("log", "--key", "1", exit_code=2))
 
@@ -575,9 +577,9 @@ def test_rollback_asks_before_it_changes_anything(served: Application) -> None:
     served.add("two")
     for answer in ("n\n", ""):
         refused = served.run("rollback", exit_code=1, input=answer)
-        assert "delete (undo)" in refused and "Undo 1 changes?" in refused and "Aborted" in refused
+        assert "delete (undo)" in refused and "Undo 1 change?" in refused and "Aborted" in refused
     assert served.texts() == ["one", "two"]
-    assert "1 changes undone" in served.run("rollback", input="y\n")
+    assert "1 change undone" in served.run("rollback", input="y\n")
     assert served.texts() == ["one"]
     served.run("rollback", "--yes")
     assert "There is nothing to undo" in served.run("rollback")
@@ -629,7 +631,7 @@ def test_conflict_shows_the_later_changes_and_their_actors(served: Application) 
     )
     assert "in the way" in output and "knew better" in output and "text: by ana → by ben" in output
     assert "There is nothing to undo" in served.run("rollback", "--actor", "ana", "--on-conflict", "skip")
-    assert "1 changes undone" in served.run("rollback", "--actor", "ana", "--on-conflict", "force", "--yes")
+    assert "1 change undone" in served.run("rollback", "--actor", "ana", "--on-conflict", "force", "--yes")
     assert served.texts() == []
 
 
@@ -642,14 +644,14 @@ def test_revoke_undoes_a_run_and_reports_kept_facts(served: Application) -> None
     assert "Nothing was changed" in shown and served.texts() == ["by ana", "alone"]
     assert "Aborted" in served.run("revoke", "--session-id", "run", input="n\n", exit_code=1)
     done = served.run("revoke", "--session-id", "run", input="y\n")
-    assert "1 changes undone" in done and served.texts() == ["by ana"]
+    assert "1 change undone" in done and served.texts() == ["by ana"]
     for output in (shown, done):
         assert all(words in output for words in ("delete (undo)", "kept", "built upon", "in the way", "ana"))
     tx = json.loads(served.run("log", "--json").splitlines()[0])["tx"]
     assert "changed these facts later" in served.run(
         "revoke", "--tx", tx, "--on-conflict", "raise", "--yes", exit_code=1
     )
-    assert "1 changes undone" in served.run("revoke", "--tx", tx, "--on-conflict", "force", "--yes")
+    assert "1 change undone" in served.run("revoke", "--tx", tx, "--on-conflict", "force", "--yes")
     assert served.texts() == []
     refused = flat(served.run("revoke", "--yes", exit_code=2))
     assert "--actor, --session-id or --tx: Give one of them" in refused

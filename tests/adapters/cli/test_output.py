@@ -185,7 +185,7 @@ def test_store_brings_its_own_database(store: str) -> None:
     assert "Nothing has drifted" in invoke("verify", *at)
     assert "nothing left to do" in invoke("init", *at, "--dry-run")
     assert "nothing left to do" in invoke("init", "--dry-run"), "the only one in the folder is taken"
-    assert "1 changes undone" in invoke("rollback", *at, "--yes")
+    assert "1 change undone" in invoke("rollback", *at, "--yes")
 
 
 def test_url_of_the_command_line_wins_over_that_of_a_store(store: str) -> None:

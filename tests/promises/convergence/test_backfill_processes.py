@@ -299,10 +299,10 @@ def test_backfill_without_a_name_takes_all_unfinished_classes(make: Callable[[in
     assert "--restart goes through complete classes again" in app.run()
     assert "0 rows were new to the log" in app.run("Note", "--no-restart")
     assert "0 rows were new to the log" in app.run("Word")
-    assert "1 rows were new to the log" in app.run("Note")
+    assert "1 row was new to the log" in app.run("Note")
     with app.engine.begin() as connection:
         connection.execute(insert(note), {"id": 101, "text": "past the log"})
-    assert "1 rows were new to the log" in app.run("--restart", "--rate", "100000")
+    assert "1 row was new to the log" in app.run("--restart", "--rate", "100000")
     app.assert_taken_in()
     with app.engine.connect() as connection:
         assert Counter(connection.scalars(select(log.c.op))) == {"baseline": 25}
