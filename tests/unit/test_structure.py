@@ -19,9 +19,9 @@ CATALOGUES = {"memstate_sa/testing/conformance.py"}
 
 PUBLIC = {
     "memstate_sa": (
-        "AsyncMemoryStore BackfillOptions Backlog Change Changes ConflictError DeadLetter DeliveryError DeliveryRejected "
-        "DeliveryRetryable Diagnosis DriftReport Embedder Fact HistoryMissing Hit Hits Incomplete IndexBroken "
-        "IndexMismatch Memory MemoryOptions MemoryStore MemstateError MissingExtra NotFound PastSession "
+        "AsyncMemoryStore BackfillOptions Backlog Change Changes ConflictError DeadLetter DeliveryError "
+        "DeliveryRejected DeliveryRetryable Diagnosis DriftReport Embedder Fact HistoryMissing Hit Hits Incomplete "
+        "IndexBroken IndexMismatch Memory MemoryOptions MemoryStore MemstateError MissingExtra NotFound PastSession "
         "Relay RelayOptions Retention RetryPolicy Revocation RevokeOptions RollbackOptions SearchOptions "
         "TrackOptions UntrackedWrite UntrackedWriteWarning ValidationFailed VectorIndex metadata sqlite"
     ),
