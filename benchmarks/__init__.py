@@ -1,1 +1,1 @@
-"""Benchmarks, each with a peer or a physical limit in the same run: ``python -m benchmarks`` (docs/benchmarks.md)."""
+"""Benchmarks, each with a peer or a physical limit in the same run (docs/explanation/benchmarks.md)."""

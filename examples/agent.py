@@ -2,13 +2,13 @@
 
 ``python examples/agent.py [--url sqlite:///agent.db]``
 
-Plain SQLAlchemy and SQLite, real embeddings (the extra "wordllama"), no network. In place of a language model a few
-patterns decide which tool to call; the loop around them is the one that a language model would run in:
+Plain SQLAlchemy and SQLite, real embeddings (the extra "wordllama"), no network. A few patterns take the place of a
+language model, and decide which tool to call. The loop is the same as with a model:
 
 - A turn is one transaction. When the model or a tool raises, nothing of the turn ever happened.
-- A tool call is a SAVEPOINT. What the schema refuses is handed back to the model as data, and the turn goes on.
-- Each turn is labelled with the conversation, and with what was said: so "undo that" means a turn of this conversation,
-  and history can say why something is believed.
+- A tool call is a SAVEPOINT. An error of the schema is handed back to the model as data, and the turn goes on.
+- Each turn is labelled with the conversation, and with the words of the user. So "undo that" means a turn of this
+  conversation. History can say why something is believed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Call:
 
 @dataclass
 class Result:
-    """What came of it."""
+    """The result of a call."""
 
     tool: str
     value: Any = None
@@ -134,7 +134,7 @@ class Agent:
         return f"was {before!r}"
 
     def recall(self, session: Session, question: str) -> list[tuple[int, str]]:
-        """The beliefs that come to mind: read back by the transaction that asks, so what it has just written, too."""
+        """The nearest beliefs, as this transaction sees them: its own new beliefs are included."""
         hits = self.memory.search(session, question, select(Belief).where(Belief.certainty > 0.3), limit=2)
         return [(hit.fact.id, hit.fact.content) for hit in hits]
 
@@ -143,7 +143,7 @@ class Agent:
         return [f"{change.op} {change.entity} {change.key}" for change in self.memory.rollback(session)]
 
     def forget_all(self, session: Session) -> int:
-        """Everything that this conversation has changed; what others have built upon is left alone."""
+        """Take back all changes of this conversation. Beliefs that others have changed since are left alone."""
         return len(self.memory.revoke(session, session_id=self.conversation).reverted)
 
 
@@ -169,7 +169,7 @@ def scripted(said: str, results: list[Result]) -> Call | str:
     if last is None:
         return Call("remember", {"content": said, "certainty": 90})  # it thinks in per cent
     if last.errors:
-        return Call("remember", {"content": said, "certainty": 0.9})  # and reads what is wrong with that
+        return Call("remember", {"content": said, "certainty": 0.9})  # and reads the error
     return "I will remember that."
 
 

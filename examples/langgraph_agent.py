@@ -2,8 +2,8 @@
 
 ``python examples/langgraph_agent.py [--url sqlite:///agent.db]`` (no network: the model follows a script)
 
-What the agent remembers are facts of a `MemoryStore`, what it has said and has still to do are LangGraph's checkpoints,
-and `checkpointer.step()` commits the one with the other. Needs ``pip install 'memstate-sa[langgraph,wordllama]'``.
+The agent's memories are facts of a `MemoryStore`. Its conversation and its next nodes are LangGraph's checkpoints. A
+`checkpointer.step()` commits both together. Needs ``pip install 'memstate-sa[langgraph,wordllama]'``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from memstate_sa.integrations.langgraph import MemStateCheckpointer
 
 
 class ScriptedModel(BaseChatModel):
-    """Remembers what it is told, looks up what it is asked, and says what its tool said."""
+    """Calls "remember" for a statement and "recall" for a question, and repeats the answer of the tool."""
 
     @property
     def _llm_type(self) -> str:
@@ -79,11 +79,11 @@ class Agent:
         return f"I shall remember: {text}"
 
     def recall(self, text: str) -> str:
-        with self.checkpointer.step() as session:  # which sees what the steps before it wrote
+        with self.checkpointer.step() as session:  # a step sees the writes of earlier steps
             hits = self.store.memory.search(session, text, select(Fact), limit=2, as_of=self.checkpointer.as_of())
         return "; ".join(str(hit.fact.payload["text"]) for hit in hits) or "I do not know."
 
-    # -- what it is asked ------------------------------------------------------------------------------------------
+    # -- questions to it -----------------------------------------------------------------------------------------------
 
     def say(self, text: str) -> str:
         return self._answer({"messages": [HumanMessage(text)]}, self.config)
@@ -115,7 +115,7 @@ def crash_and_resume(agent: Agent, url: str, text: str) -> list[str]:
 
 
 def tell_the_story(url: str) -> list[str]:
-    """What happens, as lines."""
+    """The lines of the story."""
     agent = Agent(url)
     try:
         lines = [agent.say("I live in Paris."), agent.say("I am allergic to nuts."), agent.say("Where do I live?")]

@@ -1,27 +1,28 @@
-"""Take what failed agent runs wrote out of a database that other runs kept writing to, and prove that nothing is left.
+"""Take the writes of failed agent runs out of a database with other runs, and prove that nothing is left.
 
 ``python examples/revoke_failed_runs.py [--data FOLDER] [--url URL] [--by run|transaction|all] [--chroma]``
 
 200 recorded runs of an airline agent (tau-bench) are replayed into one database, a call of each in turn. Then
-``memory.revoke(session, session_id=…)`` takes back every run that earned no reward. The same calls of the other runs
-alone, replayed into a second database, are what should be left: tables and vectors are compared, row by row. They may
-differ in facts that the reports of ``revoke`` named, and in no others.
+``memory.revoke(session, session_id=…)`` takes back every run that earned no reward. The calls of the other runs alone
+are replayed into a second database. Tables and vectors of both databases are compared, row by row. They may differ in
+facts that the reports of ``revoke`` named, and in no others.
 
-What decides how much can be taken back is what a fact is:
+The design of the tables decides how much can be taken back:
 
-- One row for what one call writes as a whole. A call replaces all flights of a reservation, or all of its passengers:
+- One call replaces one row as a whole. A call replaces all flights of a reservation, or all of its passengers:
   `Itinerary` and `Party` are rows of their own, so that a cancellation does not stand in the way of new passengers.
-- What is only ever added is a row each (`Payment`), and never in anybody's way. A balance that each call reads and
-  writes (`PaymentMethod.amount`) is the opposite: once somebody else has spent from the card, a charge before it cannot
-  be taken back by restoring a row, and is reported. An application that adds its payments up instead has no such fact.
-- `revoke` leaves a fact alone as a whole where another's change is among those of the run. Asked for one transaction at
-  a time, the newest first (``--by transaction``), it takes back what came after that change, too: then nothing but
-  balances differs.
-- A row says which call wrote it last (`last_call`). Who writes the value that is there already has changed nothing, for
-  any database; taking back the first of two such writes would then take back both.
+- Each payment is a row of its own (`Payment`), which is added and never changed. It is never in the way. A balance that
+  each call reads and writes (`PaymentMethod.amount`) is the opposite. Once another run has spent from the card, an
+  earlier charge cannot be taken back by restoring a row. It is reported. An application that adds its payments up
+  instead has no such fact.
+- `revoke` leaves a fact alone as a whole where another's change is among those of the run. With one transaction at a
+  time, the newest first (``--by transaction``), it also takes back the run's changes after that change. Then only
+  balances differ.
+- A row says which call wrote it last (`last_call`). Without it, a call that writes the present value would change
+  nothing in the database. To take back the first of two such calls would then take back both.
 
-The runs were recorded each on a database of its own: so what a call wrote is what its recorded result says, ids that it
-made up carry its run's name, and a card that several runs spend may go below zero.
+Each run was recorded on a database of its own. So the recorded result of a call decides which values it writes. Ids
+that a call made up carry the name of its run. A card that several runs use may go below zero.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Itinerary(Base):
 
 
 class Party(Base):
-    """Who flies; the passengers, too, are replaced together."""
+    """The passengers of a reservation. They are replaced together."""
 
     __tablename__ = "party"
     reservation_id: Mapped[str] = mapped_column(ForeignKey(Reservation.id), primary_key=True)
@@ -134,7 +135,7 @@ class Party(Base):
 
 
 class Payment(Base):
-    """What was paid (or given back) for a reservation: added, and never changed."""
+    """A payment for a reservation, or a refund: it is added, and never changed."""
 
     __tablename__ = "payment"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -154,10 +155,10 @@ TEXTS: dict[type[Base], Callable[[Any], str]] = {
     Party: str,
     Payment: str,
 }
-"""What of each class is embedded."""
+"""The text of each class to embed."""
 
 
-# -- the application: what the agent's tools write ---------------------------------------------------------------------
+# -- the application: the writes of the agent's tools ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Recording:
-    """The database that the runs found, and what they did to it."""
+    """The database at the start of the runs, and the runs."""
 
     users: dict[str, Any]
     reservations: dict[str, Any]
@@ -336,7 +337,7 @@ class Airline:
         self.memory.create_tables(engine)
 
     def load(self, recording: Recording) -> None:
-        """What the runs found, in one transaction."""
+        """Write the database at the start of the runs, in one transaction."""
         rows: dict[type[Base], list[dict[str, Any]]] = {model: [] for model in TEXTS}
         for id_, user in recording.users.items():
             name = f"{user['name']['first_name']} {user['name']['last_name']}"
@@ -368,7 +369,7 @@ class Airline:
                 self._transactions[call.name] = self.memory.token(session)
 
     def revoke(self, calls: Sequence[Call], by: Granularity = "run") -> Revoked:
-        """Take back *calls*, the last first: what a failed run built upon another failed run is gone by then."""
+        """Take back *calls*, the last first. So a failed run that built on another failed run goes before it."""
         newest = list(reversed(calls))
         requests: dict[Granularity, list[dict[str, Any]]] = {
             "run": [{"session_id": run} for run in dict.fromkeys(call.run for call in newest)],
@@ -444,7 +445,7 @@ class Revoked:
 
 @dataclass
 class Proof:
-    """What was taken back, and where the result differs from a replay of the other runs alone."""
+    """The changes that were taken back, and the differences from a replay of the other runs alone."""
 
     revoked: Revoked
     differing_rows: set[Fact]
@@ -458,7 +459,7 @@ class Proof:
 
 
 def replay_the_others(recording: Recording, airline: Airline) -> State:
-    """What should be left: the runs that did not fail, alone."""
+    """The expected state: the runs that did not fail, alone."""
     airline.load(recording)
     airline.replay(recording.calls(failed=False), "the other runs alone")
     airline.deliver()
@@ -466,7 +467,7 @@ def replay_the_others(recording: Recording, airline: Airline) -> State:
 
 
 def prove(recording: Recording, airline: Airline, expected: State, by: Granularity = "run") -> Proof:
-    """Replay all runs in *airline*, revoke those that failed, and compare with what is *expected*."""
+    """Replay all runs in *airline*, revoke the failed runs, and compare the result with *expected*."""
     seconds: dict[str, float] = {}
 
     def timed(what: str, action: Callable[[], Any]) -> Any:

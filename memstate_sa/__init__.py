@@ -1,60 +1,71 @@
 """Transactional memory for AI agents, as a SQLAlchemy extension.
 
-A fact is a mapped row; when its transaction commits, its history and its delivery to the vector index commit with it;
-when it rolls back, none of them ever existed.
+A fact is a mapped row. Its history, and its delivery to the vector index, commit with the application's transaction. If
+the transaction rolls back, none of them ever existed.
 """
 
-from memstate_sa import sqlite
-from memstate_sa.capture.guard import UntrackedWriteWarning
-from memstate_sa.db.tables import metadata
-from memstate_sa.errors import (
-    ConflictError,
-    DeliveryError,
-    DeliveryRejected,
-    DeliveryRetryable,
-    HistoryMissing,
-    IndexMismatch,
-    MemstateError,
-    MissingExtra,
-    NotFound,
-    UntrackedWrite,
-    ValidationFailed,
-)
-from memstate_sa.fact import Fact
-from memstate_sa.integrations.langgraph import item_rows as _item_rows
-from memstate_sa.integrations.langgraph import tables as _tables
-from memstate_sa.log.changes import Change
-from memstate_sa.maintenance.doctor import Diagnosis
-from memstate_sa.maintenance.verify import DriftReport
-from memstate_sa.memory import Memory
-from memstate_sa.search.hits import Hit, Hits
-from memstate_sa.store import MemoryStore
+# ruff: noqa: F403, F405  # type checkers find the names in memstate_sa.api
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memstate_sa.api import *
 
 __version__ = "0.1.0"
 
-del _item_rows, _tables  # imported for their tables: the metadata is complete for every application
-
 __all__ = [
+    "AsyncMemoryStore",
+    "BackfillOptions",
+    "Backlog",
     "Change",
+    "Changes",
     "ConflictError",
+    "DeadLetter",
     "DeliveryError",
     "DeliveryRejected",
     "DeliveryRetryable",
     "Diagnosis",
     "DriftReport",
+    "Embedder",
     "Fact",
     "HistoryMissing",
     "Hit",
     "Hits",
+    "Incomplete",
+    "IndexBroken",
     "IndexMismatch",
     "Memory",
+    "MemoryOptions",
     "MemoryStore",
     "MemstateError",
     "MissingExtra",
     "NotFound",
+    "PastSession",
+    "Relay",
+    "RelayOptions",
+    "Retention",
+    "RetryPolicy",
+    "Revocation",
+    "RevokeOptions",
+    "RollbackOptions",
+    "SearchOptions",
+    "TrackOptions",
     "UntrackedWrite",
     "UntrackedWriteWarning",
     "ValidationFailed",
+    "VectorIndex",
     "metadata",
     "sqlite",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when the first of them is needed: `memstate-sa --help` needs none."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module("memstate_sa.api"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

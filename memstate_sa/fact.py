@@ -19,7 +19,7 @@ class OwnBase(DeclarativeBase):
 
 
 class Fact(OwnBase):
-    """A fact for people without models of their own: a type and a JSON payload."""
+    """A fact for applications without models of their own: a type and a JSON payload."""
 
     __tablename__ = "memstate_fact"
 
@@ -54,8 +54,8 @@ class Fact(OwnBase):
 def expiry_after(ttl: Any) -> datetime:
     """The ``expires_at`` of a fact that ends after *ttl*."""
     if not isinstance(ttl, timedelta) or ttl <= timedelta():
-        raise MemstateError(f"ttl={ttl!r}: a timedelta, of more than nothing")
+        raise MemstateError(f"ttl={ttl!r} is not a positive timedelta. Give, for example, timedelta(hours=1).")
     try:
         return utcnow() + ttl
     except OverflowError as error:
-        raise MemstateError(f"ttl={ttl!r}: no time is that late") from error
+        raise MemstateError(f"ttl={ttl!r} ends after the year 9999. Give a shorter timedelta.") from error

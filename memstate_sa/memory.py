@@ -1,4 +1,4 @@
-"""`Memory`: the facade that wires capture, relay, search, undo and verification together."""
+"""`Memory`: the object that connects capture, relays, search, undo and maintenance."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from memstate_sa.relay.loop import STOP_TIMEOUT_S
 from memstate_sa.relay.relays import Relays, close_after
 from memstate_sa.relay.strict import Strict
 from memstate_sa.relay.wakeup import Notifier
+from memstate_sa.runtime.display import summary
 from memstate_sa.search.facade import SearchMethods
 from memstate_sa.search.searcher import Searcher
 from memstate_sa.search.succession import Succession, check_successors
@@ -96,6 +97,11 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         self._sweeper = Sweeper(self._capture)
         self._eraser = Eraser(self._registry, self._capture, self._recorder, self._destinations)
 
+    def __repr__(self) -> str:
+        indexes = ", ".join(f"{name}: {type(index).__name__}" for name, index in self.indexes.items()) or "no index"
+        classes = ", ".join(tracked.model.__name__ for tracked in self._registry.by_entity.values())
+        return summary(self, indexes, classes and f"tracks {classes}")
+
     @property
     def embedder(self) -> Embedder:
         """The embedder of the first index. Raises MemstateError when this Memory has no index."""
@@ -148,12 +154,13 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         self._capture.attach(target)
 
     def create_tables(self, engine: Engine | AsyncEngine) -> None:
-        """Create the tables and columns of memstate_sa that are not there yet, and the triggers of log and classes.
+        """Create the missing tables and columns of memstate_sa, and the triggers of the log and of tracked classes.
 
-        Triggers of a class that is no longer captured so are dropped.
+        Create the tables of the tracked classes first. Triggers of a class that no longer needs them are dropped. With
+        Alembic, let a migration do this work.
 
-        Their own tables have to be there. With Alembic, let a migration do it. Raises MemstateError, and creates
-        nothing, for a tracked view, for a table in an attached SQLite database, and for a schema_translate_map.
+        Raises MemstateError, and creates nothing, for a tracked view, for a table in an attached SQLite database, and
+        for a schema_translate_map.
         """
         self._open()
         self._capture.warn_of_cascades()
@@ -175,9 +182,9 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         reason: str | None = None,
         session_id: str | None = None,
     ) -> None:
-        """Label what the current (or next) transaction of *session* changes; what is not given is left as it is.
+        """Label the changes of the current (or next) transaction of *session*. The labels end with that transaction.
 
-        The labels end with the transaction, however it ends.
+        A label that is None stays as it was.
         """
         for name, value in (("actor", actor), ("reason", reason), ("session_id", session_id)):
             require_label(name, value)
@@ -192,12 +199,12 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     def close(self, timeout: float = STOP_TIMEOUT_S) -> None:
         """Stop this Memory's relays and close its indexes.
 
-        Waits *timeout* seconds at most for a call of an index or embedder; see `Relay.stop` for one that takes longer.
-        Its index is closed when the call has ended.
+        It waits *timeout* seconds at most for a running call of an index or embedder. The index of a longer call is
+        closed when the call has ended: see `Relay.stop`.
 
-        Tracked classes, attached Sessions and engines no longer keep this Memory alive. As long as the application
-        does, Sessions that are attached go on being captured: their next use opens this Memory again, and a relay
-        delivers what they write.
+        Afterwards, tracked classes, attached Sessions and engines no longer keep this Memory alive. While the
+        application keeps it alive, attached Sessions are still captured. Their next use opens this Memory again, and a
+        relay delivers their writes.
         """
         deadline = time.monotonic() + timeout
         relays = self._relays.stop(deadline)

@@ -6,7 +6,6 @@ Every option may be left out. Its comment names the default.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
     from memstate_sa.embedders import Embedder
     from memstate_sa.log.history import Moment
-    from memstate_sa.maintenance.progress import Progress
+    from memstate_sa.relay.progress import ProgressOption
     from memstate_sa.relay.retention import Retention
     from memstate_sa.relay.retry import RetryPolicy
     from memstate_sa.tracking.tracked import UniqueValues, Upgrade
@@ -44,6 +43,32 @@ class MemoryOptions(TypedDict, total=False):
 
     See `Memory.reindex`. Default: none.
     """
+
+
+class StoreOptions(MemoryOptions, total=False):
+    """The options of `MemoryStore` and `AsyncMemoryStore`."""
+
+    background: bool
+    """Run a relay in a background thread (default: True). Without it, run one elsewhere: see ``memstate-sa relay``.
+
+    An in-memory SQLite has no such thread. There, each commit delivers to the index.
+    """
+
+    strict_types: bool
+    """Refuse a fact whose type has no schema, see `MemoryStore.register_schema`. Default: False."""
+
+
+class Labels(TypedDict, total=False):
+    """The labels of a transaction of a `MemoryStore`. History shows them. Undo selects transactions by them."""
+
+    session_id: str | None
+    """The session, conversation or thread that the facts belong to."""
+
+    actor: str | None
+    """The user or agent that changes the facts."""
+
+    reason: str | None
+    """The reason of the change."""
 
 
 class TrackOptions(TypedDict, total=False):
@@ -214,8 +239,8 @@ class BackfillOptions(TypedDict, total=False):
     restart: bool | None
     """True begins again. False does not begin again where all is done. Default: only finished classes begin again."""
 
-    progress: Progress
-    """Called with the rows that all callers have seen, and the total. True shows a progress bar."""
+    progress: ProgressOption
+    """A function of the rows that all callers have seen, and of the total. True shows a progress bar."""
 
 
 def require_options(function: str, options: Mapping[str, object], declared: type) -> None:
@@ -223,6 +248,8 @@ def require_options(function: str, options: Mapping[str, object], declared: type
     names = list(declared.__annotations__)
     for name in options:
         if name not in names:
+            from difflib import get_close_matches
+
             close = get_close_matches(name, names, 1)
             hint = f"Did you mean {close[0]!r}?" if close else f"The options are {', '.join(names)}."
             raise TypeError(f"{function}() has no option {name!r}. {hint}")

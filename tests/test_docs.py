@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, make_url
 
+import memstate_sa
+
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))
 PAGES = [
@@ -27,7 +29,7 @@ RUN_ELSEWHERE = {
 }
 ONLY_POSTGRES = {"docs/how-to/asyncio.md"}
 
-OURS = {"memstate-sa": "memstate_sa.cli", "alembic": "alembic", "python": None, "pytest": "pytest", "flask": "flask"}
+OURS = {"memstate-sa": None, "alembic": "alembic", "python": None, "pytest": "pytest", "flask": "flask"}
 """Commands that a console block runs, and the module that each of them is."""
 OTHERS = {
     "curl",
@@ -57,6 +59,17 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 PRELUDE = """\
 import subprocess, sys
 from pathlib import Path
+
+
+def _memstate_sa(*arguments):
+    # In this process, which has imported everything already.
+    from memstate_sa.cli import main
+
+    sys.argv = ["memstate-sa", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, f"memstate-sa {arguments} exited with {end.code}"
 
 
 def _write(name, code):
@@ -108,7 +121,9 @@ def lines(block: Block) -> Iterator[str]:
     elif block.language == "console":
         for program, *arguments in commands(block.code):
             assert program in OURS or program in OTHERS, f"the tests do not know the command {program}"
-            if program in OURS:
+            if program == "memstate-sa":
+                yield f"_memstate_sa(*{arguments!r})\n"
+            elif program in OURS:
                 module = OURS[program]
                 yield f"_run(*{['-m', module, *arguments] if module else arguments!r})\n"
 
@@ -197,6 +212,47 @@ def test_the_package_page_has_absolute_links() -> None:
         assert link.startswith(("https://img.shields.io/badge/", source)), link
         if link.startswith(source):
             assert (ROOT / link.removeprefix(source).partition("#")[0]).exists(), link
+
+
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+REFERENCE = ROOT / "docs" / "reference"
+
+
+def documented() -> set[str]:
+    """The objects that the reference shows, by their full names."""
+    pages = [page.read_text() for page in REFERENCE.glob("*.md")]
+    return {name for text in pages for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
+
+
+def test_the_reference_has_each_public_name() -> None:
+    names = {f"memstate_sa.{name}" for name in memstate_sa.__all__} - {"memstate_sa.metadata", "memstate_sa.sqlite"}
+    page = (REFERENCE / "errors.md").read_text()
+    shown = {name.rpartition(".")[2] for name in documented()} | set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert {name.rpartition(".")[2] for name in names} - shown == {"UntrackedWriteWarning"}
+    assert "`UntrackedWriteWarning`" in page
+
+
+def test_the_reference_has_each_method_of_a_memory() -> None:
+    listed = re.findall(r"^        - (\w+)$", (REFERENCE / "memory.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(name for name in dir(memstate_sa.Memory) if not name.startswith("_"))
+
+
+def test_the_reference_has_each_table() -> None:
+    listed = re.findall(r"^\| `(memstate_\w+)` \|", (REFERENCE / "tables.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(memstate_sa.metadata.tables)
+
+
+def test_the_reference_has_each_metric() -> None:
+    processes = pytest.importorskip("memstate_sa.cli.processes")
+    listed = re.findall(r"^\| `(memstate_\w+)` \|", (REFERENCE / "metrics.md").read_text(), re.MULTILINE)
+    gauges, counters = vars(processes)["_GAUGES"], vars(processes)["_COUNTERS"]
+    assert listed == [*(f"memstate_{name}" for name in gauges), *(f"memstate_{name}_total" for name in counters)]
+
+
+def test_the_navigation_has_each_page() -> None:
+    pages = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert pages == {str(page.relative_to("docs")) for page in DOCS}
 
 
 # -- the README --------------------------------------------------------------------------------------------------------

@@ -201,6 +201,83 @@ COMMENTS = (
         "what triggers are told of the transaction that writes; empty outside of it",
         "tells triggers about the transaction that writes; empty outside of it",
     ),
+    (
+        "memstate_item",
+        "id",
+        "the item's, and n in hex if it is not 0",
+        "the id of the item, followed by n in hex if n is not 0",
+    ),
+    ("memstate_item", "item", "a digest of namespace and key", "a hash of namespace and key"),
+    (
+        "memstate_item",
+        "scope",
+        "the namespace's labels in UTF-8, each ended by NUL, in hex: sorts as they do",
+        "the labels of the namespace in UTF-8, each followed by NUL, in hex; sorts like the labels",
+    ),
+    ("memstate_item", "value", "of row 0", "the value of the item, in row 0"),
+    ("memstate_item", "text", "what is embedded", "the text for embedding"),
+    ("memstate_item", "expires_at", "unless it is read before", "the end of the item's life, if no read extends it"),
+    (
+        "memstate_item_kept",
+        "of",
+        "updated_at of what was read: another put, another life",
+        "updated_at of the item at the read; a later put begins another life",
+    ),
+    (
+        "memstate_item_kept",
+        None,
+        "items that live longer because they were read: no history, and no writer in the way of an undo",
+        "items that live longer because they were read, without history and without conflicts for undo",
+    ),
+    (
+        "memstate_checkpoint",
+        "ns",
+        "'' of a graph itself; of a subgraph, the path to it",
+        "'' for the graph itself, the path for a subgraph",
+    ),
+    (
+        "memstate_checkpoint",
+        "position",
+        "the log's last transaction then; null: it was empty, or nobody asked",
+        "the last transaction in the log at that time; null if the log was empty or not read",
+    ),
+    (
+        "memstate_checkpoint",
+        "channels",
+        "JSON: the version of each channel's blob, null: it is in here",
+        "JSON: the version of each channel's blob, or null if the payload has the value",
+    ),
+    (
+        "memstate_checkpoint",
+        "snapshot",
+        "what was committed at the position (PostgreSQL)",
+        "the transactions that had committed at the position (PostgreSQL)",
+    ),
+    ("memstate_checkpoint", None, "what a graph was between two steps", "the state of a graph between two supersteps"),
+    (
+        "memstate_checkpoint_blob",
+        None,
+        "a channel's value, once for each of its versions",
+        "the value of a channel, stored once for each version",
+    ),
+    (
+        "memstate_checkpoint_write",
+        "idx",
+        "negative: of an error, an interrupt …",
+        "the number of the write; negative for an error, an interrupt …",
+    ),
+    (
+        "memstate_checkpoint_write",
+        None,
+        "what a task that ran at a checkpoint wrote, for the next one",
+        "the writes of a task that ran at a checkpoint",
+    ),
+    (
+        "memstate_thread_lease",
+        None,
+        "which run may write a thread's checkpoints, where runs ask for it",
+        "the run that may write a thread's checkpoints, if runs use leases",
+    ),
 )
 
 

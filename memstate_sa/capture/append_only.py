@@ -39,8 +39,8 @@ END
 """
 
 # There are three cases for the id of a new entry:
-# 1. The sequence has just numbered it. Its id is the last value of the sequence, or of this session, as others may have
-#    taken numbers since.
+# 1. The sequence has just numbered it. The id is the last value of the sequence, or this session's last value, as other
+#    sessions may have taken numbers since.
 # 2. The sequence has numbered no entry yet. Then the log is being restored, and any id is accepted.
 # 3. The id is larger. Then the sequence moves behind it, so that later entries still come after it. Half of all numbers
 #    stay free for them.

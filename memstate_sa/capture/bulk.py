@@ -219,8 +219,8 @@ class BulkStatement:
     def _expire_instances(self, *, modified: bool) -> None:
         """Expire the instances that SQLAlchemy synchronised with a statement that was rolled back.
 
-        Instances with pending changes (*modified*) keep them, and are expired only after the last attempt. An attempt
-        that met them expired could not tell whether they match, and would lose their changes.
+        Instances with pending changes (*modified*) keep them, and are expired only after the last attempt. SQLAlchemy
+        cannot tell whether an expired instance matches a statement, and would forget its changes.
         """
         for instance in list(self.state.session.identity_map.values()):
             state: Any = inspect(instance)

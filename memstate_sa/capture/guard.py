@@ -112,9 +112,9 @@ class Guard:
         return None if tracked is None or tracked.by_trigger else tracked
 
     def _is_of_base(self, tracked: Tracked, context: Any, flushes: Collection[Flush]) -> bool:
-        """Whether a flush changes objects of a base class whose rows may belong to *tracked* without a sign of it.
+        """Whether a flush changes objects of a base class, and nothing tells whether they are rows of *tracked*.
 
-        A new row of the base class belongs to no subclass, and a discriminator tells the class of each row.
+        A new row of the base class belongs to no subclass. A discriminator column would tell the class of each row.
         """
         table = context.compiled.statement.table
         is_of_base = table in tracked.tables[: tracked.base_table_count]

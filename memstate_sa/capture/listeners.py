@@ -278,7 +278,7 @@ class SessionCapture:
     def _before_commit(self, session: Session) -> None:
         """Seal the transaction. The commit's own flush comes after this event, and its first entry seals it too.
 
-        No flush here, where possible: so the application's listeners still find the unflushed objects.
+        It does not flush if it can avoid that, so that the application's listeners still see the unflushed objects.
         """
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too
             return

@@ -37,7 +37,7 @@ class Look(NamedTuple):
     remembered: bool = False
 
 
-class NoEntry(Exception):  # the caller reports it
+class NoEntry(Exception):  # a signal to `Recorder`, which reports it
     """The log has lost the entry of a known key."""
 
 

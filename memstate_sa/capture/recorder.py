@@ -274,7 +274,7 @@ class Recorder:
     ) -> None:
         """Note the keys of changed rows, to remember after the commit that the log has their entries.
 
-        A row that did not change may have its only entry in a newer snapshot than that of another transaction.
+        Unchanged rows are left out, because a transaction with an older snapshot may not see their entries.
         """
         if len(transaction.seen) >= self.known_keys(connection).limit:
             return

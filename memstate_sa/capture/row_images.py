@@ -10,8 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from sqlalchemy import Column
-from sqlalchemy import types as sqltypes
+from sqlalchemy import Column, types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.util import ClauseAdapter

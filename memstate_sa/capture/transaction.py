@@ -37,7 +37,7 @@ class Status(Enum):
     """How far a transaction has come.
 
     - OPEN → LOGGED: the first entry is logged, by us or by a trigger.
-    - LOGGED → COMMITTING: the header is written. Next comes the COMMIT, or the flush before it.
+    - LOGGED → COMMITTING: the header is written. Next come strict delivery and the COMMIT, perhaps with a flush before.
     - COMMITTING → LOGGED: the COMMIT failed, or a SAVEPOINT or a flush was rolled back.
     - LOGGED → OPEN: all entries are rolled back (`OpenTransaction.back_to`).
 

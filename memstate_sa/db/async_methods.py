@@ -1,4 +1,4 @@
-"""`AsyncMethod`: a method for an AsyncSession, made of the method for a Session."""
+"""`AsyncMethod`: a method for an AsyncSession, made from the method for a Session."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 class AsyncMethod(Generic[P, R]):
-    """The method that awaits *method* in `AsyncSession.run_sync`. It takes the same arguments."""
+    """A method that awaits *method* in `AsyncSession.run_sync`. It takes the same arguments."""
 
     def __init__(self, method: Callable[Concatenate[Any, SyncSession, P], R]) -> None:
         self._method = method
@@ -44,7 +44,7 @@ class AsyncMethod(Generic[P, R]):
 
 
 def awaited_session(session: Any, method: str) -> Any:
-    """The AsyncSession that *session* is or stands for. Raises MemstateError otherwise, naming the sync *method*."""
+    """The AsyncSession behind *session*. Without one, raises MemstateError with the name of the sync *method*."""
     current = in_scope(session)
     if not hasattr(current, "run_sync"):
         kind = type(current).__name__

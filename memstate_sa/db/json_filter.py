@@ -98,7 +98,7 @@ def _compared(json: _Json, document: Any, name: str | int, how: str, operand: An
             raise ValueError(f"{how} needs a number or a string, not a value of type {type(operand).__name__}.")
         return json.member(document, name, lambda member: json.compares(member, _ORDERINGS[how], operand))
     if how not in ("$eq", "$ne"):
-        raise ValueError(f"Unknown operator {how!r}. Use $eq, $ne, $gt, $gte, $lt or $lte.")
+        raise ValueError(f"Unsupported operator {how!r}. Use $eq, $ne, $gt, $gte, $lt or $lte.")
     if operand is None:
         same = _member(json, document, name, None)
     else:

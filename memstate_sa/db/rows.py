@@ -41,8 +41,8 @@ from sqlalchemy import (
     select,
     tuple_,
     type_coerce,
+    types as sqltypes,
 )
-from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import DataError

@@ -48,7 +48,7 @@ _watching = threading.Lock()
 def watch(watcher: Watcher) -> None:
     """Call *watcher* when a transaction begins on a configured engine, until it is collected or `unwatch` is called.
 
-    The engine may be any engine on any file.
+    It sees all configured engines, so also another engine on the same file.
     """
     global _watchers  # noqa: PLW0603  # replaced as a whole, because readers take no lock
     with _watching:

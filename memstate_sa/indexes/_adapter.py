@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 from memstate_sa.errors import DeliveryError, DeliveryRejected, DeliveryRetryable, MemstateError
 from memstate_sa.indexes.provider_errors import delivery_error
+from memstate_sa.runtime.display import summary
 
 REMEMBERED_S = 86_400
 """How long the epoch of a deleted id is remembered. No request of an overtaken relay is under way for so long."""
@@ -45,6 +46,11 @@ class Adapter:
     def _place(self) -> str:
         """The place of the points, for messages: a collection, a table or a folder."""
         raise NotImplementedError
+
+    def __repr__(self) -> str:
+        opened = self._opened
+        state = "not open" if opened is None else f"{opened.dimension} dimensions by {opened.embedder}"
+        return summary(self, self._place, state)
 
     @contextmanager
     def _translated(self, action: str) -> Iterator[None]:

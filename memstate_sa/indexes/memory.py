@@ -65,6 +65,10 @@ class InMemoryIndex(Adapter):
         self._units = np.asarray(units, dtype=np.float32).reshape(len(points), self._units.shape[1])
 
     @property
+    def _place(self) -> str:
+        return f"{len(self._points)} points"
+
+    @property
     def incarnation(self) -> str:
         return self._incarnation
 

@@ -1,4 +1,4 @@
-"""`Change`, and the decisions about changes: what became of a row, and how to invert what a transaction did.
+"""`Change`, and the decisions about changes: the operation that a row shows, and the inversion of a transaction.
 
 Pure: values in, values out.
 """
@@ -13,21 +13,23 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from memstate_sa.db.codec import FactKey, Image
+from memstate_sa.runtime.display import html_table, shortened, summary
 
 Op: TypeAlias = Literal["baseline", "insert", "update", "delete"]
 
 
 REDACTED = 0
-"""The version of an entry whose image was erased: that something happened stays in the log, what it was does not."""
+"""The version of an entry whose image was erased. The log still says when the fact changed, but not how."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Change:
-    """One entry of the log: what one transaction did to one fact.
+    """One entry of the log: the change of one fact in one transaction.
 
-    ``key`` is the primary key, as a tuple for a composite one; ``before`` and ``after`` are column values by column
-    name, None where the row did not exist. A ``baseline`` records a row that was there before it was tracked.
-    ``reverts`` is the transaction that this entry undoes.
+    ``key``: the primary key, a tuple when it is composite.
+    ``before``, ``after``: the column values by column name, None where there was no row.
+    ``op``: a "baseline" records a row that is older than tracking.
+    ``reverts``: the transaction that this entry undoes.
     """
 
     id: int
@@ -43,9 +45,42 @@ class Change:
     session_id: str | None = None
     reverts: str | None = None
 
+    @property
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """The columns whose values differ, each with its value before and after. None stands for no row, too."""
+        before, after = self.before or {}, self.after or {}
+        pairs = {name: (before.get(name), after.get(name)) for name in {**before, **after}}
+        if self.before is None or self.after is None:
+            return pairs
+        return {name: pair for name, pair in pairs.items() if name not in before or pair[0] != pair[1]}
+
+    def __repr__(self) -> str:
+        by = f"by {self.actor}" if self.actor is not None else ""
+        undo = f"undoes {self.reverts}" if self.reverts is not None else ""
+        return summary(self, f"{self.op} {self.entity} {self.key!r}", _changed_text(self), by, undo)
+
 
 class Changes(list[Change]):
-    """Changes, in the order that the method which returns them names."""
+    """A list of changes, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        columns = ("at", "transaction", "fact", "op", "changed", "actor", "session", "reason")
+        rows = (
+            (
+                *(f"{one.at:%Y-%m-%d %H:%M:%S}", one.tx, f"{one.entity} {one.key!r}", one.op),
+                *(_changed_text(one), one.actor, one.session_id, one.reason),
+            )
+            for one in self
+        )
+        return html_table(f"{len(self)} changes", columns, rows)
+
+
+def _changed_text(change: Change) -> str:
+    if change.before is None or change.after is None:
+        values = change.after or change.before or {}
+        return ", ".join(f"{name}={shortened(value, 40)}" for name, value in values.items())
+    pairs = change.changed.items()
+    return ", ".join(f"{name}={shortened(was, 40)} → {shortened(now, 40)}" for name, (was, now) in pairs)
 
 
 class LogEntry(NamedTuple):
@@ -65,10 +100,10 @@ def new_tx() -> str:
 
 
 def classify(before: Image | None, after: Image | None, *, was_there: bool) -> Op | None:
-    """What a statement did to a row; None: nothing that the log does not know.
+    """The operation that turns *before* into *after*; None when the log knows *after* already.
 
-    Only the two ends count: a delete and an insert of one key are an update, as the table shows it. *before* is None,
-    too, where the row *was there* and its image was erased.
+    Only the two ends count: a delete and an insert of one key are an update, as the table shows it. *before* is None
+    also for a row that *was there* and whose image was erased.
     """
     if after is None:
         return "delete" if was_there else None
@@ -78,7 +113,7 @@ def classify(before: Image | None, after: Image | None, *, was_there: bool) -> O
 
 
 class LoggedChange(NamedTuple):
-    """One logged change that is to be undone; ``before`` and ``after`` are encoded images."""
+    """One logged change to undo; ``before`` and ``after`` are encoded images."""
 
     id: int
     tx: str
@@ -95,8 +130,8 @@ class LoggedChange(NamedTuple):
 def invert(changes: Sequence[LoggedChange]) -> tuple[list[LogEntry], dict[FactKey, Image | None]]:
     """The compensating log entries for *changes* (newest first), and the row each fact must end up with.
 
-    Every change is undone by an entry of its own, so that the log says which transaction each entry reverts; the table
-    only needs the last of them.
+    Every change is undone by an entry of its own, so that the log says which transaction each entry reverts. The table
+    only needs the last entry of each fact.
     """
     entries = []
     final: dict[FactKey, Image | None] = {}
@@ -110,7 +145,7 @@ def invert(changes: Sequence[LoggedChange]) -> tuple[list[LogEntry], dict[FactKe
 
 
 class LaterEntry(NamedTuple):
-    """An entry of a fact, later than the first of its changes that are to be undone."""
+    """An entry of a fact, later than the first change of that fact to undo."""
 
     id: int
     tx: str
@@ -123,8 +158,8 @@ def conflicting_entries(
 ) -> dict[FactKey, list[int]]:
     """The ids of those *later* entries, by fact, that undoing the transactions *targets* would lose.
 
-    *undone* are (transaction, fact) whose change was undone, and not redone. An undo of what came later too leaves
-    nothing behind, and neither does what it undid; an undo of something older is a change like any other.
+    *undone* are (transaction, fact) whose change was undone, and not redone. A later undo of another later entry leaves
+    nothing behind, and the entry that it undid leaves nothing either. An undo of an older entry counts.
     """
     since = {(entry.tx, entry.fact) for entry in later}
     conflicts: dict[FactKey, list[int]] = {}

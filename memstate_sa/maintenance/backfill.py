@@ -20,7 +20,7 @@ from memstate_sa.capture.recorder import Recorder
 from memstate_sa.db.dialects import database_of
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import backfill
-from memstate_sa.maintenance.progress import Progress
+from memstate_sa.relay.progress import Progress
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.tracked import Tracked
 
@@ -139,12 +139,12 @@ class Backfill:
             if range_row is None:
                 return None
             tracked, after = self._tracked[range_row.entity], range_row.position or None
-            this = and_(backfill.c.entity == range_row.entity, backfill.c.start == range_row.start)
+            of_range = and_(backfill.c.entity == range_row.entity, backfill.c.start == range_row.start)
             if range_row.until is None:
                 skip = _BATCHES * self._batch_size - 1
                 boundary = committed.page(connection, tracked, after, 1, skip=skip)
                 if boundary:  # leave the rest to the next worker
-                    connection.execute(update(backfill).where(this).values(until=boundary[0]))
+                    connection.execute(update(backfill).where(of_range).values(until=boundary[0]))
                     connection.execute(insert(backfill), _range(range_row.entity, boundary[0]))
                     return 0, 0
             keys = committed.page(connection, tracked, after, size, until=range_row.until)
@@ -153,7 +153,7 @@ class Backfill:
                 added, passed = self._recorder.log_baselines(connection, tracked, keys)
             connection.execute(
                 update(backfill)
-                .where(this)
+                .where(of_range)
                 .values(
                     position=keys[passed - 1] if passed else range_row.position,
                     seen=backfill.c.seen + passed,

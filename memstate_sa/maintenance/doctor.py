@@ -30,7 +30,8 @@ from memstate_sa.log.absent_keys import KeyInserted, require_absent
 from memstate_sa.log.changes import LogEntry, new_tx
 from memstate_sa.log.history import LastEntry, last_entries
 from memstate_sa.maintenance import releases
-from memstate_sa.maintenance.progress import Progress
+from memstate_sa.relay.progress import Progress
+from memstate_sa.runtime.display import html_table, summary
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.registry import Registry
@@ -73,7 +74,7 @@ def folded(problems: Iterable[Problem]) -> Iterator[Problem]:
             yield Problem("each of these", f"{message}\n{indent(names, '  ')}")
 
 
-@dataclass
+@dataclass(repr=False)
 class Diagnosis:
     """The findings of `Memory.doctor`. A fact is (entity, primary key).
 
@@ -104,6 +105,22 @@ class Diagnosis:
     @property
     def has_problems(self) -> bool:
         return not all(isinstance(problem, Risk) for problem in self.problems)
+
+    def __repr__(self) -> str:
+        counts = {
+            "changed": len(self.changed),
+            "gone": len(self.gone),
+            "unlogged": self.unlogged,
+            "problems": len(self.problems),
+        }
+        found = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return summary(self, "healthy" if self.healthy else "not healthy", f"{self.checked} checked", found)
+
+    def _repr_html_(self) -> str:
+        rows = [(kind, *fact) for kind in ("changed", "gone") for fact in getattr(self, kind)]
+        rows += [("unlogged", model.__name__, count) for model, count in self.unlogged_by_class.items()]
+        rows += [(type(problem).__name__.lower(), *problem) for problem in self.problems]
+        return html_table(repr(self), ("finding", "of", "details"), rows)
 
 
 class Doctor:
@@ -157,16 +174,16 @@ class Doctor:
         while True:
             with self._engine.connect() as connection:
                 keys = committed.page(connection, tracked, after, self._page_size)
-                known = last_entries(connection, tracked, keys)
+                entries = last_entries(connection, tracked, keys)
             if not keys:
                 break
             after = keys[-1]
             diagnosis.checked += len(keys)
-            if unlogged := len(keys) - len(known):
+            if unlogged := len(keys) - len(entries):
                 diagnosis.unlogged_by_class[tracked.model] = (
                     diagnosis.unlogged_by_class.get(tracked.model, 0) + unlogged
                 )
-            if differing := self._confirmed(tracked, known):
+            if differing := self._confirmed(tracked, entries):
                 yield differing, False
             if progress is not None:
                 progress(diagnosis.checked, None)

@@ -35,7 +35,7 @@ from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.log import outbox, unlogged
 from memstate_sa.log.absent_keys import require_absent
 from memstate_sa.log.changes import REDACTED, Op, new_tx
-from memstate_sa.maintenance.progress import Progress
+from memstate_sa.relay.progress import Progress
 from memstate_sa.tracking.inheritance import image_name
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked, unique_value
@@ -374,7 +374,8 @@ def _read(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
         for number, text in enumerate(file, start=1):
             line = _parse(number, text)
             if is_ended or isinstance(line, _Header) is (number > 1):
-                raise MemstateError(f"line {number}: after the end" if is_ended else f"line {number}: a second header")
+                problem = "it follows the closing line" if is_ended else "a second header"
+                raise MemstateError(f"line {number}: {problem}")
             is_ended = isinstance(line, _End)
             if isinstance(line, _End) and line.lines != number - 1:
                 raise MemstateError(

@@ -1,4 +1,4 @@
-"""`MaintenanceMethods`: the methods of `Memory` that keep indexes and log as they should be."""
+"""`MaintenanceMethods`: the methods of `Memory` that deliver, compare, repair, erase and move."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from memstate_sa.db.sessions import AnySession, SyncSession, blocking_session, s
 from memstate_sa.db.sqlite import require_no_transaction
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes.base import PurgeableIndex
-from memstate_sa.maintenance import export_import, reindex
+from memstate_sa.maintenance import reindex
 from memstate_sa.maintenance.backfill import Backfill
 from memstate_sa.maintenance.doctor import Diagnosis, Doctor
 from memstate_sa.maintenance.erase import Eraser
 from memstate_sa.maintenance.expiry import Sweeper
-from memstate_sa.maintenance.progress import Progress
 from memstate_sa.maintenance.verify import DriftReport, Verify, remake_if_broken
 from memstate_sa.options import BackfillOptions, RelayOptions, require_options
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog
 from memstate_sa.relay.memory_parts import MemoryParts
+from memstate_sa.relay.progress import ProgressOption, reporting
 from memstate_sa.relay.waiting import wait_for
 from memstate_sa.search.succession import Succession
 from memstate_sa.tracking.validation import require_count, require_label
@@ -54,9 +54,9 @@ class MaintenanceMethods(MemoryParts):
         return self._relays.add(sync, partial(self.sweep, sync), options)
 
     def token(self, session: AnySession) -> str | None:
-        """Names the last transaction with tracked changes that *session* committed, for `wait`, in any process.
+        """The ``Change.tx`` of the last transaction with tracked changes that *session* committed, or None.
 
-        It is the ``tx`` of the `Change` entries of that transaction.
+        `wait` takes it, in any process.
         """
         txs, _ = self._capture.committed.get(sync_session(session), ((), None))
         return txs[-1] if txs else None
@@ -68,12 +68,15 @@ class MaintenanceMethods(MemoryParts):
         *,
         engine: Engine | AsyncEngine | None = None,
     ) -> None:
-        """Return when what a transaction changed is in every index, so that an "eventual" search finds it, too.
+        """Wait until every index has the changes of a transaction, so that an "eventual" search finds them too.
 
-        *session_or_token*: a Session, for its last commit, or a `token`; None returns at once. *engine* says where a
-        token's transaction is, when this Memory has seen several. Blocks: ``await asyncio.to_thread(memory.wait, …)``.
+        This call blocks. In asyncio, use ``await asyncio.to_thread(memory.wait, …)``.
 
-        Raises DeliveryError after *timeout* seconds (is a relay running?), or when an index refused a key for good.
+        *session_or_token*: a Session, for its last commit, or a `token`. None returns at once.
+        *engine*: the database of the token's transaction, when this Memory has seen several.
+
+        Raises DeliveryError after *timeout* seconds, when perhaps no relay runs, and for a key that an index refused
+        too often.
         """
         txs: Sequence[str] = [session_or_token] if isinstance(session_or_token, str) else []
         if session_or_token is not None and not isinstance(session_or_token, str):
@@ -87,16 +90,17 @@ class MaintenanceMethods(MemoryParts):
     def _only_engine(self) -> Engine:
         known = [engine for engine in self._capture.engines if not engine.dialect.is_async]
         if len(known) != 1:
-            raise MemstateError(f"this Memory knows {len(known)} engines: say where the transaction is, with engine=")
+            raise MemstateError(f"Cannot tell the database: this Memory knows {len(known)} engines. Give engine=.")
         return known[0]
 
     def verify(
-        self, engine: Engine | AsyncEngine, *, repair: bool = False, progress: Progress | None = None
+        self, engine: Engine | AsyncEngine, *, repair: bool = False, progress: ProgressOption = None
     ) -> DriftReport:
-        """Compare every index with the tables by content, in pages.
+        """Compare every index with the tables, by content, and return the differences.
 
-        *repair* redelivers what differs, and returns when that is done; the report says what was found. An index whose
-        files are damaged is made anew. Without *repair* it raises IndexBroken.
+        *repair*: deliver the differing facts again, and wait until that is done. The report lists the differences from
+        before. An index with damaged files is emptied and filled. Without *repair* it raises IndexBroken.
+        *progress*: a function of the number of compared rows. True shows a progress bar.
         """
         sync, report = self.sync_engine(engine), DriftReport()
         require_no_transaction(sync)
@@ -106,13 +110,14 @@ class MaintenanceMethods(MemoryParts):
             if repair:
                 remake_if_broken(name, destination)
             verify = Verify(sync, name, destination, tracked, intended=intended)
-            verify.run(report, repair=repair, progress=progress)
+            with reporting(progress, f"comparing {name}") as report_progress:
+                verify.run(report, repair=repair, progress=report_progress)
         if repair and not report.clean:
             self._deliver(sync)
         return report
 
     def _deliver(self, engine: Engine, timeout: float = 30.0) -> None:
-        """Deliver what is due: here, or by the relay that holds the lease."""
+        """Have the due keys delivered: here, or by the relay that holds the lease."""
         self._relays.deliver(engine, self.relay(engine), timeout)
 
     def doctor(
@@ -121,18 +126,22 @@ class MaintenanceMethods(MemoryParts):
         *,
         repair: bool = False,
         rows: bool = True,
-        progress: Progress | None = None,
+        progress: ProgressOption = None,
     ) -> Diagnosis:
-        """Replay the log against the tables, in pages, and look for what would make them differ.
+        """Compare the log with the tables, and look for causes of differences, such as missing tables or triggers.
 
-        Without *rows*, only the latter: what is not there, or not as it should be. *repair* logs rows that were changed
-        past it, as transactions with the reason "reconciled", and has them delivered. `verify` compares the indexes
-        with the tables.
+        `verify` compares the indexes with the tables.
+
+        *repair*: log the rows that other programs changed, as transactions with the reason "reconciled", and have them
+        delivered.
+        *rows*: False looks only for causes.
+        *progress*: a function of the number of compared rows. True shows a progress bar.
         """
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
         doctor = Doctor(sync, self._registry, self._capture, self._recorder, self._destinations)
-        diagnosis = doctor.run(repair=repair, rows=rows, progress=progress)
+        with reporting(progress, "comparing") as report:
+            diagnosis = doctor.run(repair=repair, rows=rows, progress=report)
         if repair:
             self._relays.wake()
         return diagnosis
@@ -164,15 +173,16 @@ class MaintenanceMethods(MemoryParts):
         require_no_transaction(sync)
         worker = Backfill(sync, self._recorder, tracked, batch_size=batch_size, rate=rate)
         worker.begin(restart=options.get("restart"))
-        added = worker.run(limit=options.get("limit"), progress=options.get("progress"))
+        with reporting(options.get("progress"), "logging baselines") as report:
+            added = worker.run(limit=options.get("limit"), progress=report)
         self._relays.committed(sync)
         return added
 
     def sweep(self, engine: Engine | AsyncEngine) -> int:
-        """Delete the facts that have expired, as ordinary transactions with the reason "expired"; returns how many.
+        """Delete the expired facts, as ordinary transactions with the reason "expired". Returns their number.
 
-        History keeps them, and rollback counts no sweep as a step; ``rollback(tx=…)`` brings them back. A fact that
-        others refer to is left, with a warning in the log.
+        History keeps them, and ``rollback(tx=…)`` brings them back. Rollback counts no sweep as a step. A fact that
+        other rows refer to stays, and a warning is logged.
         """
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
@@ -184,39 +194,51 @@ class MaintenanceMethods(MemoryParts):
         file: TextIO,
         models: Sequence[type[Any]] = (),
         *,
-        progress: Progress | None = None,
+        progress: ProgressOption = None,
     ) -> int:
-        """Write the tracked classes' history (or that of *models*) as JSON lines, all of it as at one moment.
+        """Write the history of the tracked classes (or of *models*) as JSON lines, all as of one moment.
 
-        *file* is a text stream in UTF-8. Rows that the log has not seen are written as baselines, what is tracked no
-        more is left out. Returns how many entries of history there were.
+        A row without a history is written as a baseline. Classes that are no longer tracked are left out. Returns the
+        number of entries.
+
+        *file*: a text stream in UTF-8.
+        *progress*: a function of the written entries, and of their total. True shows a progress bar.
         """
+        from memstate_sa.maintenance import export_import
+
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
         tracked = [self._registry.of(model) for model in models] or list(self._registry.by_entity.values())
-        return export_import.export_facts(sync, list(dict.fromkeys(tracked)), file, progress)
+        with reporting(progress, "exporting") as report:
+            return export_import.export_facts(sync, list(dict.fromkeys(tracked)), file, report)
 
     def import_facts(
-        self, engine: Engine | AsyncEngine, file: Iterable[str], *, progress: Progress | None = None
+        self, engine: Engine | AsyncEngine, file: Iterable[str], *, progress: ProgressOption = None
     ) -> int:
-        """Take in what `export_facts` wrote, of this database or another: history, labels and rows, in one transaction.
+        """Import a file of `export_facts`, from this or another database: history, labels and rows, in one transaction.
 
-        The rows are those that the history ends with, in the shape of today, and relays deliver them. Memory is taken
-        for a page of them at a time, or for all of a class whose rows refer to each other. Returns how many entries of
-        history there were.
+        The rows are the last images of the history, in today's shape, and relays deliver them. A page of rows is in
+        memory at a time; of a class whose rows refer to each other, all rows are. Returns the number of entries.
 
-        Raises MemstateError, with the number of the line, for a file that is broken or cut off, of another format, or
-        of classes that are not tracked; ConflictError when a fact or a transaction of it is there already, or was, or
-        when the tables refuse a row. Nothing is written then.
+        *progress*: a function of the read entries, and of their total. True shows a progress bar.
+
+        Nothing is written when it raises
+
+        - MemstateError, with the number of the line, for a broken or incomplete file, another format, or a class that
+          is not tracked,
+        - ConflictError for a fact or transaction that the database has or had, and for a row that the tables refuse.
         """
+        from memstate_sa.maintenance import export_import
+
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
-        count = export_import.import_facts(sync, self._registry, self._capture, file, progress)
+        with reporting(progress, "importing") as report:
+            count = export_import.import_facts(sync, self._registry, self._capture, file, report)
         self._relays.committed(sync)
         return count
 
     def status(self, engine: Engine | AsyncEngine) -> dict[str, Backlog]:
-        """What each index has not been given yet."""
+        """The backlog of each index: its undelivered, parked and dead keys."""
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
         backlogs = {}
@@ -234,17 +256,21 @@ class MaintenanceMethods(MemoryParts):
         index: str | None = None,
         *,
         timeout: float = math.inf,
-        progress: Progress | None = None,
+        progress: ProgressOption = None,
     ) -> str:
-        """Fill the successor of *index*, beside it, then have searches ask it, in every process at once.
+        """Fill the successor of *index* beside it. Then searches in every process ask the successor.
 
-        *index* may be left out when this Memory's `successors` name one only. Writes and searches go on meanwhile;
-        when it is interrupted, run it again: it goes on where it was. The old index is delivered to until a Memory no
-        longer has it, so that `reindex_back` is possible. Returns the successor's name.
+        Writes and searches go on. After an interruption, run it again: it resumes. Relays still deliver to the old
+        index, so that `reindex_back` is possible, until no Memory has that index. Returns the successor's name.
 
-        Every process that searches has to have a Memory with these *successors* before; one that has not goes on with
-        the old index. Raises DeliveryError when the successor is not filled within *timeout* seconds, or refuses facts
-        that the old index has; nothing has changed then.
+        Every process that searches needs a Memory with these *successors* first. Another process stays with the old
+        index.
+
+        *index*: may be left out when only one index has a successor.
+        *progress*: a function of the delivered keys, and of the number of rows. True shows a progress bar.
+
+        Raises DeliveryError, and changes nothing, when the successor is not filled within *timeout* seconds, or refuses
+        facts that the old index has.
         """
         sync, (name, new_name) = self.sync_engine(engine), self._succession.pair(index)
         tracked = self._registry.published(new_name).values()
@@ -252,41 +278,42 @@ class MaintenanceMethods(MemoryParts):
         self._capture.guard(sync)
         relay = self._relays.make(sync, [new_name])
         old, new = ((one, self._destinations[one]) for one in (name, new_name))
-        reindex.fill_and_switch(sync, relay, tracked, old, new, timeout=timeout, progress=progress)
+        with reporting(progress, f"filling {new_name}") as report:
+            reindex.fill_and_switch(sync, relay, tracked, old, new, timeout=timeout, progress=report)
         return new_name
 
     def reindex_back(self, engine: Engine | AsyncEngine, index: str | None = None) -> str:
-        """Have searches ask *index* again, which its successor had replaced. Returns its name."""
+        """Have searches ask *index* again instead of its successor. Returns the name of *index*."""
         sync, (name, _) = self.sync_engine(engine), self._succession.pair(index)
         with sync.begin() as connection:
             reindex.switch_back(connection, name)
         return name
 
     def forget_index(self, engine: Engine | AsyncEngine, name: str) -> None:
-        """Forget what relays know of an index that no application has any more; the outbox no longer waits for it.
+        """Forget the delivery state of an index that no application has any more. The outbox no longer waits for it.
 
-        What it holds, its own tools delete; given again, under that name, it is compared with the tables in full. (An
-        index that no relay has delivered to for a week is forgotten in any case, see `Retention`.)
+        The index keeps its points: delete them with its own tools. If a Memory gets it again under that name, it is
+        compared with the tables in full. After a week without delivery, relays forget an index by themselves: see
+        `Retention`.
         """
         if name in self.indexes:
-            raise MemstateError(f"this Memory has the index {name!r}: take it out first")
+            raise MemstateError(f"Cannot forget index {name!r}: this Memory has the index {name!r}. Take it out first.")
         with self.sync_engine(engine).begin() as connection:
             reindex.delete_index_state(connection, name)
 
     # -- erasure -------------------------------------------------------------------------------------------------------
 
     def erase(self, session: SyncSession, model: type[Any], key: Any, reason: str | None = None) -> int:
-        """Forget a fact for good: its row, what the log says it was, its vectors; in the caller's transaction.
+        """Erase a fact: its row, its images in the log, and its vectors, in the caller's transaction.
 
-        That there was such a key, and when it changed and was erased, stays in the history, as does the key itself,
-        and who did it with what *reason*. It cannot be undone; a fact that is added later under the same key is
-        another; so is what the row was under an earlier primary key (a change of key is a delete and an insert), which
-        is to be erased by that key. Nothing is committed on your behalf. The files hold the bytes until they are
-        rewritten: see `purge`.
+        Commit the session afterwards. An erasure cannot be undone. The history keeps the key, the times of its changes,
+        and the erasure with its actor and *reason*. A fact that is added later under the same key is another fact. If
+        the row once had another primary key, erase that key too: a change of key is a delete and an insert. The files
+        of the database hold the bytes until they are rewritten: see `purge`.
 
-        Returns how many entries of the log were redacted. Raises NotFound for a key that neither the table nor the log
-        has, and ConflictError when other rows refer to the row; those that triggers capture may go along with it, by
-        ON DELETE.
+        Returns the number of redacted entries of the log. Raises NotFound for a key that neither the table nor the log
+        has. Raises ConflictError when other rows refer to the row, unless ON DELETE deletes them and triggers capture
+        that.
         """
         require_label("reason", reason)
         tracked = self._registry.of(model)
@@ -298,14 +325,15 @@ class MaintenanceMethods(MemoryParts):
     """`erase` for an AsyncSession."""
 
     def purge(self, engine: Engine | AsyncEngine, timeout: float = 30.0) -> None:
-        """After erasures that are committed: have them delivered, and rewrite the files that may still hold the bytes.
+        """Deliver the committed erasures, and rewrite the files that may still hold the erased bytes.
 
-        The tables concerned are locked meanwhile (PostgreSQL: VACUUM FULL; SQLite: VACUUM), and an index that is
-        replaced by a copy of itself is compared with them again; nothing is embedded anew. What lies elsewhere is not
-        reached: backups, replicas, archived WAL, other programs' logs.
+        It locks the tables while it works (PostgreSQL: VACUUM FULL; SQLite: VACUUM). An index that replaces its files
+        by a copy is compared with the tables again, without embedding. Backups, replicas, archived WAL and the logs of
+        other programs are out of reach.
 
-        Raises DeliveryError when the deletions are not delivered within *timeout* seconds, and MemstateError when a
-        transaction is open for so long that may still read what was erased, or the files of an index are out of reach.
+        Raises DeliveryError when the deletions are not delivered within *timeout* seconds. Raises MemstateError when an
+        open transaction may still read the erased rows after *timeout* seconds, or the files of an index are out of
+        reach.
         """
         sync = self.sync_engine(engine)
         require_no_transaction(sync)

@@ -18,10 +18,10 @@ from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import holder, index_state, ledger, parked, refill, successor, utcnow
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, MemstateError, NotFound
-from memstate_sa.maintenance.progress import Progress
 from memstate_sa.relay import Relay, refills, registration
 from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.plan import ParkedState
+from memstate_sa.relay.progress import Progress
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.tracked import Tracked
 

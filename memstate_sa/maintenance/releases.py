@@ -124,9 +124,9 @@ def renamed(connection: Connection, registry: Registry, tracked: Tracked) -> Ite
     if others:
         yield Finding(
             tracked.entity,
-            f"has rows without any history, and the log has entries of {', '.join(others)}, which no class is tracked "
-            "as. If the class or its table was renamed, track it with entity= the old name. If not, log the rows with "
-            "memory.backfill.",
+            f"has rows without any history. The log has entries of {', '.join(others)}, but no class is tracked by "
+            "that name. If the class or its table was renamed, track it with entity= the old name. If not, log the "
+            "rows with memory.backfill.",
         )
 
 

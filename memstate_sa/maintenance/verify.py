@@ -18,11 +18,12 @@ from memstate_sa.errors import IndexBroken
 from memstate_sa.indexes.base import RemakableIndex
 from memstate_sa.log.outbox import ALL, position_parameters, undelivered
 from memstate_sa.log.positions import Position, meet
-from memstate_sa.maintenance.progress import Progress
 from memstate_sa.relay import ledger
 from memstate_sa.relay.backlog import read_positions
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.plan import Parked, ParkedState
+from memstate_sa.relay.progress import Progress
+from memstate_sa.runtime.display import html_table, summary
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.projection import Projection, split_point_id
@@ -31,7 +32,7 @@ from memstate_sa.tracking.tracked import Tracked
 logger = printable_logger("memstate_sa.memory")
 
 
-@dataclass
+@dataclass(repr=False)
 class DriftReport:
     """Facts that the indexes and the tables disagree on, as (entity, primary key).
 
@@ -51,6 +52,17 @@ class DriftReport:
     def clean(self) -> bool:
         """True if no difference was found. Pending facts do not count; differences that were repaired do."""
         return not (self.missing or self.ghost or self.stale)
+
+    def _facts(self) -> dict[str, list[tuple[str, object]]]:
+        return {"missing": self.missing, "ghost": self.ghost, "stale": self.stale, "pending": self.pending}
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(facts)} {kind}" for kind, facts in self._facts().items() if facts)
+        return summary(self, "clean" if self.clean else "not clean", f"{self.checked} checked", counts)
+
+    def _repr_html_(self) -> str:
+        rows = ((kind, *fact) for kind, facts in self._facts().items() for fact in facts)
+        return html_table(repr(self), ("difference", "entity", "key"), rows)
 
 
 def remake_if_broken(name: str, destination: Destination) -> None:
@@ -106,8 +118,8 @@ class Verify:
             if repair:
                 # Park the keys: the relay writes a parked key even if the ledger has the same fingerprint.
                 with self._engine.begin() as connection:
-                    again = Parked(0, 0.0, ParkedState.AGAIN, f"drift: {kind}")
-                    ledger.redirty(connection, self._key, dict.fromkeys(drifted, again))
+                    parking = Parked(0, 0.0, ParkedState.AGAIN, f"drift: {kind}")
+                    ledger.redirty(connection, self._key, dict.fromkeys(drifted, parking))
 
     def _differences(self, report: DriftReport, progress: Progress | None) -> Iterator[tuple[str, list[FactKey]]]:
         after: str | None = None

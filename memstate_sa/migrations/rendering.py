@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from alembic.autogenerate import render
-from sqlalchemy import Column, Computed, MetaData, PrimaryKeyConstraint, Table
-from sqlalchemy import types as sqltypes
+from sqlalchemy import Column, Computed, MetaData, PrimaryKeyConstraint, Table, types as sqltypes
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import SchemaType, TypeEngine, UserDefinedType

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from memstate_sa.relay.marks import Past
 from memstate_sa.relay.plan import ParkedState
 from memstate_sa.relay.projections import HELD_BY_INDEX
 from memstate_sa.relay.refills import SCAN
+from memstate_sa.runtime.display import html_table, summary
 
 _positions = select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, cursor.c.slot).where(of_index(cursor))
 
@@ -101,7 +102,7 @@ def refused_keys(connection: Connection, index: IndexKey, entity: str, limit: in
 # -- for people -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Backlog:
     """The undelivered changes of an index.
 
@@ -122,6 +123,17 @@ class Backlog:
     paused: bool = False
     replaced_by: str | None = None
     problem: str | None = None
+
+    def __repr__(self) -> str:
+        age = "" if self.oldest_s is None else f", the oldest for {self.oldest_s:.0f} s"
+        flags = [name for name in ("refilling", "paused") if getattr(self, name)]
+        if self.replaced_by is not None:
+            flags.append(f"replaced by {self.replaced_by}")
+        counts = f"{self.parked} parked, {self.due} due, {self.dead} dead"
+        return summary(self, f"{self.pending} pending{age}", counts, ", ".join(flags), self.problem or "")
+
+    def _repr_html_(self) -> str:
+        return html_table("Backlog", ("", "value"), ((each.name, getattr(self, each.name)) for each in fields(self)))
 
 
 @cache

@@ -158,8 +158,8 @@ def _compared(
     index_past, is_new = marks.compare(connection, index, claimant.kept_mark, alone=alone, went_back=claimant.went_back)
     if is_new and is_filled:
         logger.warning(
-            "Index %r was filled from another past of this database. Either of them was restored from a backup, or two "
-            "databases share the index. It is now compared with the tables in full.",
+            "Index %r was filled from another past of this database. The index or the database was restored from a "
+            "backup, or two databases share the index. It is now compared with the tables in full.",
             index.name,
         )
     rows = connection.execute(_cursors, index.parameters()).all()
@@ -199,14 +199,14 @@ def _live(connection: Connection, index: IndexKey, claimant: Claimant) -> set[st
     connection.execute(statement, {**index.values(), "owner": owner, "lease_until": until})
     lease_rows = connection.execute(_leases, index.parameters()).all()
     others = [(name, lease_until) for name, lease_until in lease_rows if name != owner]
-    gone = [
+    ended = [
         name
         for name, lease_until in others
         if lease_until <= now or is_dropped(name) or (claimant.in_process and is_gone(name))
     ]
-    if gone:
-        connection.execute(delete(holder).where(of_index(holder), holder.c.owner.in_(gone)), index.parameters())
-    return {name for name, _ in lease_rows}.difference(gone)
+    if ended:
+        connection.execute(delete(holder).where(of_index(holder), holder.c.owner.in_(ended)), index.parameters())
+    return {name for name, _ in lease_rows}.difference(ended)
 
 
 def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:

@@ -42,6 +42,7 @@ from memstate_sa.relay.requests import (
     DatabaseState,
     Embed,
     Embedded,
+    Exchange,
     Fetch,
     KeyPage,
     ListFacts,
@@ -57,7 +58,6 @@ from memstate_sa.relay.requests import (
     Remove,
     Renew,
     Request,
-    Steps,
     Upsert,
 )
 from memstate_sa.relay.retry import RetryPolicy, classify, guarded
@@ -139,7 +139,7 @@ class Delivery:
         self.slot_worker.max_batch = self._guarded(lambda: self._index.max_batch)
         return IndexKey(self.name, incarnation)
 
-    def step(self) -> int | None:
+    def deliver(self) -> int | None:
         """Deliver one page from each source. Return the number of keys, or None if there was nothing to do.
 
         Raises DeliveryRetryable when the index or the embedder is unavailable. Nothing is lost: call again later.
@@ -154,7 +154,7 @@ class Delivery:
                 self._run(self.slot_worker.release())
             self._know(classes)
             self.slot_worker.entities = classes
-        return self._run(self.slot_worker.step())
+        return self._run(self.slot_worker.deliver())
 
     def _know(self, classes: Mapping[str, Tracked]) -> None:
         self._tracked = classes
@@ -180,18 +180,18 @@ class Delivery:
             return  # the only connection is in a transaction of the application
         self._run(self.slot_worker.release())
 
-    def _run(self, steps: Steps[R]) -> R:
+    def _run(self, exchange: Exchange[R]) -> R:
         try:
-            request = next(steps)
+            request = next(exchange)
             while True:
                 try:
                     if not isinstance(request, _READS):
                         self._end_reading()
                     reply = self._do(request)
                 except Exception as error:  # noqa: BLE001  # the protocol handles it
-                    request = steps.throw(error)
+                    request = exchange.throw(error)
                 else:
-                    request = steps.send(reply)
+                    request = exchange.send(reply)
         except StopIteration as end:
             result: R = end.value
             return result
@@ -257,7 +257,7 @@ class Delivery:
         return claimed
 
     def _projected(self, now: datetime) -> dict[str, Projected]:
-        """The projections of our classes, with the time since when they are tracked, by the database's clock.
+        """The projections of our classes, with the times when the classes were tracked, by the database's clock.
 
         *now* is the present time of that clock.
         """

@@ -48,12 +48,12 @@ class IndexWorker:
         except DeliveryRetryable as error:  # the index may become available later
             logger.warning("%s: %s", self.delivery.name, error)
 
-    def step(self, *, save: bool = False) -> int | None:
+    def deliver(self, *, save: bool = False) -> int | None:
         counters = self.delivery.slot_worker.counters
         with self._lock:
             converged_before = counters.converged
             try:
-                count = self.delivery.step()
+                count = self.delivery.deliver()
                 if save:
                     self.delivery.save()
             except Exception as error:
@@ -88,7 +88,7 @@ class IndexWorker:
         return self._thread is not None and not self._thread.is_over
 
     def start(self, clean_up: Callable[[], None]) -> None:
-        """Deliver in a thread. It calls *clean_up* after every step."""
+        """Deliver in a thread. It calls *clean_up* after every delivery."""
         self.delivery.slot_worker.stopping = False
         self._thread = _WorkerThread(f"memstate-relay-{self.delivery.name}", partial(self._run, clean_up))
 
@@ -137,14 +137,14 @@ class IndexWorker:
         try:
             while not stopping.is_set():
                 try:
-                    wait = self._step_and_wait(clean_up, changes, wait, stopping)
+                    wait = self._deliver_and_wait(clean_up, changes, wait, stopping)
                 except Exception as error:  # noqa: BLE001  # nothing is lost, and the next attempt may succeed
                     if error is not self.failure:
                         self._failed(error)
         finally:
             changes.close()
 
-    def _step_and_wait(
+    def _deliver_and_wait(
         self, clean_up: Callable[[], None], changes: Changes, wait: float, stopping: threading.Event
     ) -> float:
         """Deliver a page from each source, then pause. Return the time to wait when there is nothing to do."""
@@ -155,7 +155,7 @@ class IndexWorker:
             stopping.wait(min(breaker_wait, 1.0))
             self._keep()
             return wait
-        count = self.step()
+        count = self.deliver()
         clean_up()
         if count is None:
             return self._wait_for_work(changes, wait, stopping)

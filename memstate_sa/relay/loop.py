@@ -27,11 +27,13 @@ from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.delivery import Delivery
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.index_worker import IndexWorker
+from memstate_sa.relay.progress import reporting
 from memstate_sa.relay.retention import Retention
 from memstate_sa.relay.retry import Breaker, RetryPolicy, describe
 from memstate_sa.relay.slot_owner import Counters
 from memstate_sa.relay.wakeup import Listener, Notifier
 from memstate_sa.runtime import forks
+from memstate_sa.runtime.display import summary
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking.tracked import Tracked
 
@@ -125,7 +127,7 @@ class Relay:
         """
         succeeded = False
         try:
-            count, failure = self._step()
+            count, failure = self._deliver_once()
             succeeded = failure is None
         finally:
             if not succeeded:
@@ -134,22 +136,26 @@ class Relay:
             raise failure
         return count
 
-    def drain(self, timeout: float = 30.0, *, progress: Callable[[int], None] | None = None) -> int:
+    def drain(self, timeout: float = 30.0, *, progress: Callable[[int], None] | bool | None = None) -> int:
         """Deliver until every index holds all rows that are committed now. Return the number of keys.
 
         It waits and tries again when a delivery fails, but it does not wait for parked keys, which an index refused.
-        *progress* is called after every page and every wait, with the number of keys so far. Raises DeliveryError after
-        *timeout* seconds, with the last failure as its cause.
+        *progress* is called after every page and every wait, with the number of keys so far; True shows a progress bar.
+        Raises DeliveryError after *timeout* seconds, with the last failure as its cause.
         """
+        deadline = time.monotonic() + timeout
         try:
-            return self._drain(time.monotonic() + timeout, timeout, progress)
+            if callable(progress):
+                return self._drain(deadline, timeout, progress)
+            with reporting(progress, "delivering") as report:
+                return self._drain(deadline, timeout, report and (lambda count: report(count, None)))
         finally:
             self._stop_unless_running()
 
     def _stop_unless_running(self) -> None:
         """Release the lease if no threads run, so that the next relay need not wait until it ends."""
         with self._lock:  # so that start() cannot come between the check and the stop
-            if not self._running:
+            if not self.is_running:
                 self.stop()
 
     def _drain(self, deadline: float, timeout: float, progress: Callable[[int], None] | None) -> int:
@@ -158,7 +164,7 @@ class Relay:
             present = read_present(connection)
         total = 0
         while True:
-            count, failure = self._step()
+            count, failure = self._deliver_once()
             total += count
             if progress is not None:
                 progress(total)
@@ -172,7 +178,7 @@ class Relay:
                 raise DeliveryError(f"The relay has not drained within {timeout:g} s: {reason}") from failure
             time.sleep(wait)
 
-    def _step(self) -> tuple[int, DeliveryRetryable | None]:
+    def _deliver_once(self) -> tuple[int, DeliveryRetryable | None]:
         """Deliver one page of each source to each index. Return the number of keys, and the first failure.
 
         The failure of one index does not stop the others.
@@ -181,7 +187,7 @@ class Relay:
         require_no_transaction(self._engine)
         for worker in self._workers:
             try:
-                total += worker.step(save=True) or 0
+                total += worker.deliver(save=True) or 0
             except DeliveryRetryable as error:
                 failure = failure or error
         self._clean_up()
@@ -323,7 +329,7 @@ class Relay:
                 "database has only one. Call drain() after commits, or use a database file."
             )
         with self._lock:
-            if not self._running:
+            if not self.is_running:
                 for worker in self._workers:
                     worker.open()
                 if not self._workers:
@@ -368,8 +374,17 @@ class Relay:
             worker.woken.set()
 
     @property
-    def _running(self) -> bool:
+    def is_running(self) -> bool:
+        """Whether it runs in the background."""
         return self._cleaner is not None or any(worker.is_running for worker in self._workers)
+
+    def __repr__(self) -> str:
+        problems = self.problems()
+        delivered = (
+            f"{name}: {counters.converged} delivered{f', {problems[name]}' if name in problems else ''}"
+            for name, counters in self.counters().items()
+        )
+        return summary(self, "running" if self._running else "not running", *delivered)
 
     def __enter__(self) -> Self:
         return self.start()

@@ -81,8 +81,8 @@ def settle(
             delivered[entity] = projected
             changed.add(entity)
     ended = {row.owner for row in rows} - {HELD_BY_INDEX, *live}
-    gone = delete(projection).where(of_index(projection), projection.c.owner.in_({owner, *ended}))
-    connection.execute(gone, index.parameters())
+    deleting = delete(projection).where(of_index(projection), projection.c.owner.in_({owner, *ended}))
+    connection.execute(deleting, index.parameters())
     if delivered:
         statement = database_of(connection).upsert(projection)
         new = {name: statement.excluded[name] for name in ("projection", "since", "seen_at")}

@@ -20,6 +20,7 @@ from memstate_sa.relay.points import make_point
 from memstate_sa.relay.requests import (
     Acknowledge,
     Embed,
+    Exchange,
     Fetch,
     ListFacts,
     Look,
@@ -31,7 +32,6 @@ from memstate_sa.relay.requests import (
     ReadRefill,
     Refill,
     Remove,
-    Steps,
     Upsert,
     ask,
 )
@@ -77,8 +77,7 @@ class _PageAhead:
 class SlotWorker(SlotOwner):
     """The delivery to one index by one owner.
 
-    Nothing is lost when a step ends with an exception. Writes that may have happened and were not recorded are unsure,
-    and are repeated.
+    Nothing is lost when an exchange ends with an exception. Unrecorded writes are unsure, and are repeated.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class SlotWorker(SlotOwner):
         super().__init__(entities, slots=slots, lease_s=lease_s, save_every_s=save_every_s, clock=clock)
         self.max_batch = page_size
         self.stopping = False  # set from outside: stop after the current batch
-        self.more = False  # whether the last step knows of more pages
+        self.more = False  # whether the last delivery knows of more pages
         self._page_size = page_size
         self._policy = policy
         self._jitter = jitter
@@ -106,19 +105,19 @@ class SlotWorker(SlotOwner):
         self._embedded: dict[str, Vector] = {}
         self._ahead: _PageAhead | None = None
 
-    def step(self) -> Steps[int | None]:
+    def deliver(self) -> Exchange[int | None]:
         """Deliver up to one page from each source. Return the number of keys, or None if there was nothing to do.
 
         Raises DeliveryRetryable when the index or the embedder is unavailable.
         """
         self.more = False
         ahead = self._ahead
-        count = yield from self._step()
+        count = yield from self._deliver()
         if self._ahead is ahead:  # it was not used in its turn
             self._ahead = None
         return count
 
-    def _step(self) -> Steps[int | None]:
+    def _deliver(self) -> Exchange[int | None]:
         renewed = yield from self.keep()
         if self._late:
             yield from self._redirty()
@@ -150,14 +149,14 @@ class SlotWorker(SlotOwner):
 
     # -- sources of dirty keys -----------------------------------------------------------------------------------------
 
-    def _deliver_parked(self) -> Steps[int | None]:
+    def _deliver_parked(self) -> Exchange[int | None]:
         facts = yield from ask(ReadDue(tuple(self.epochs), self._page_size))
         if not facts:
             return None
         self.more |= len(facts) == self._page_size
         return (yield from self._converge(Source(facts=facts)))
 
-    def _deliver_page(self, group: SlotGroup, present: Position) -> Steps[int | None]:
+    def _deliver_page(self, group: SlotGroup, present: Position) -> Exchange[int | None]:
         if self.stopping or not group.slots or group.position.covers(present):
             return None
         slots, start = frozenset(group.slots), group.position
@@ -172,7 +171,7 @@ class SlotWorker(SlotOwner):
 
     def _read_outbox(
         self, group: SlotGroup, slots: frozenset[int], start: Position, present: Position
-    ) -> Steps[OutboxPage]:
+    ) -> Exchange[OutboxPage]:
         page = yield from ask(ReadPage(start, present, slots, self._page_size))
         end = start.advance(present, page.last)
         return OutboxPage(
@@ -186,7 +185,7 @@ class SlotWorker(SlotOwner):
             end=end,
         )
 
-    def _deliver_refill(self) -> Steps[int | None]:
+    def _deliver_refill(self) -> Exchange[int | None]:
         refill = yield from ask(ReadRefill(tuple(self.epochs)))
         if refill is None:
             self._filled = True
@@ -195,14 +194,14 @@ class SlotWorker(SlotOwner):
         source = self._page_ahead(refill)
         return (yield from self._converge(source or (yield from self._read_refill(refill))))
 
-    def _read_refill(self, refill: Refill) -> Steps[RefillPage]:
+    def _read_refill(self, refill: Refill) -> Exchange[RefillPage]:
         page = yield from ask(ListFacts(refill.entity, refill.position, self._page_size))
-        own = {fact: fingerprint for fact, fingerprint in page.facts.items() if self._slot(fact) in refill.slots}
-        facts = {fact: fingerprint for fact, fingerprint in own.items() if fact[0] in self.entities}
+        listed = {fact: fingerprint for fact, fingerprint in page.facts.items() if self._slot(fact) in refill.slots}
+        facts = {fact: fingerprint for fact, fingerprint in listed.items() if fact[0] in self.entities}
         end = refill._replace(position=page.last, done=page.last is None)
         return RefillPage(
             facts=list(facts),
-            foreign=own.keys() - facts.keys(),
+            foreign=listed.keys() - facts.keys(),
             listed={fact: Delivered(fingerprint, None, False) for fact, fingerprint in facts.items() if fingerprint},
             following=None if end.done or not refill.entity else partial(self._read_refill, end),
             start=refill,
@@ -211,7 +210,7 @@ class SlotWorker(SlotOwner):
 
     # -- reading ahead -------------------------------------------------------------------------------------------------
 
-    def _read_ahead(self, page: _Page, goes_on: Callable[[], bool]) -> Steps[None]:
+    def _read_ahead(self, page: _Page, goes_on: Callable[[], bool]) -> Exchange[None]:
         """Embed the rest of *page*, then read and embed the next page, as long as *goes_on* returns True.
 
         This may run while an `Upsert` of *page* is unanswered. It only reads and embeds, and changes neither slots nor
@@ -227,14 +226,14 @@ class SlotWorker(SlotOwner):
         except (DeliveryRejected, DeliveryRetryable):
             page.reads_ahead = False
 
-    def _embed_ahead(self, texts: Mapping[str, str], goes_on: Callable[[], bool]) -> Steps[None]:
+    def _embed_ahead(self, texts: Mapping[str, str], goes_on: Callable[[], bool]) -> Exchange[None]:
         missing = {digest: text for digest, text in texts.items() if digest not in self._embedded}
         for batch in text_batches(missing):
             if self.stopping or not goes_on() or self._clock() >= self._renew_at:
                 return
             yield from self._embed(batch)
 
-    def _read_following(self, page: _Page, following: Callable[[], Steps[Source]]) -> Steps[_PageAhead | None]:
+    def _read_following(self, page: _Page, following: Callable[[], Exchange[Source]]) -> Exchange[_PageAhead | None]:
         source = yield from following()
         if source.is_empty:
             return None
@@ -253,7 +252,7 @@ class SlotWorker(SlotOwner):
 
     # -- one page ------------------------------------------------------------------------------------------------------
 
-    def _converge(self, source: Source) -> Steps[int]:
+    def _converge(self, source: Source) -> Exchange[int]:
         """Make the index agree with the committed rows of *source*, then record the progress.
 
         Return the number of keys that agree now.
@@ -287,7 +286,7 @@ class SlotWorker(SlotOwner):
         self.counters.unchanged += len(agreed)
         return count
 
-    def _state_of(self, source: Source) -> Steps[PageState]:
+    def _state_of(self, source: Source) -> Exchange[PageState]:
         """The state of the keys of *source*. Keys that were not read ahead are read now."""
         ahead, facts, state = self._ahead, source.facts, PageState()
         if ahead is not None and ahead.source is source:
@@ -297,7 +296,7 @@ class SlotWorker(SlotOwner):
             ahead.outdated.update(facts)
         return state.updated(facts, (yield from ask(Read(facts)))) if facts else state
 
-    def _record(self, page: _Page, agreed: Collection[FactKey]) -> Steps[int]:
+    def _record(self, page: _Page, agreed: Collection[FactKey]) -> Exchange[int]:
         """Record the outcome of *page*. Its *agreed* keys needed no write. Return the number of converged keys."""
         parked = page.state.parked
         parking = self._parking(page)
@@ -353,7 +352,7 @@ class SlotWorker(SlotOwner):
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def _write(self, page: _Page, writes: Sequence[PlannedWrite]) -> Steps[None]:
+    def _write(self, page: _Page, writes: Sequence[PlannedWrite]) -> Exchange[None]:
         """Write to the index. Keys that it or the embedder refuses are found by bisection, and put in ``page.failed``.
 
         Keys that failed before are written separately, so that bisection does not slow down the others. Raises
@@ -376,7 +375,7 @@ class SlotWorker(SlotOwner):
                     if not page.complete:
                         return
 
-    def _may_continue(self, page: _Page) -> Steps[bool]:
+    def _may_continue(self, page: _Page) -> Exchange[bool]:
         """Renew the lease before a long call, so that it outlasts the call. Return False if the relay is stopping."""
         if self.stopping:
             page.complete = False
@@ -391,7 +390,7 @@ class SlotWorker(SlotOwner):
             point = make_point(write.fact, projection, vector, epoch, marked=self._marked)
         return PointWrite(write.fact, epoch, _delivered(projection), point)
 
-    def _embedded_writes(self, page: _Page, writes: Sequence[PlannedWrite]) -> Steps[list[PointWrite]]:
+    def _embedded_writes(self, page: _Page, writes: Sequence[PlannedWrite]) -> Exchange[list[PointWrite]]:
         """Embed the texts of *writes* where necessary. Return the writes without lost slots and refused texts."""
         digests = {write.fact: _text_fingerprint(write) for write in writes}
         reusable = [write.fact for write in writes if write.same_text or write.fact in page.doubted]
@@ -413,7 +412,7 @@ class SlotWorker(SlotOwner):
             if not (yield from self._may_continue(page)):
                 break
 
-            def embed(batch: Sequence[str]) -> Steps[None]:
+            def embed(batch: Sequence[str]) -> Exchange[None]:
                 return self._embed({digest: missing[digest] for digest in batch})
 
             refused.update((yield from _isolate(list(texts), embed)))
@@ -431,14 +430,14 @@ class SlotWorker(SlotOwner):
                 self.counters.reused += write.fact in fetched
         return point_writes
 
-    def _embed(self, texts: Mapping[str, str]) -> Steps[None]:
+    def _embed(self, texts: Mapping[str, str]) -> Exchange[None]:
         embedded = yield from ask(Embed(texts))
         self._embedded.update(embedded.vectors)
         self.counters.embedded += embedded.asked
         self.counters.reused += len(embedded.vectors) - embedded.asked
 
-    def _send(self, page: _Page, writes: Sequence[PointWrite]) -> Steps[None]:
-        def send(batch: Sequence[PointWrite]) -> Steps[None]:
+    def _send(self, page: _Page, writes: Sequence[PointWrite]) -> Exchange[None]:
+        def send(batch: Sequence[PointWrite]) -> Exchange[None]:
             # A key is unsure until it is recorded. Keep True for keys that an earlier call may still write.
             self._unsure.update({write.fact: self._unsure.get(write.fact, False) for write in batch})
             try:
@@ -456,7 +455,9 @@ class SlotWorker(SlotOwner):
             page.failed.update({write.fact: error for write, error in failed})
 
 
-def _isolate(items: Sequence[T], call: Callable[[Sequence[T]], Steps[None]]) -> Steps[list[tuple[T, MemstateError]]]:
+def _isolate(
+    items: Sequence[T], call: Callable[[Sequence[T]], Exchange[None]]
+) -> Exchange[list[tuple[T, MemstateError]]]:
     """Run *call* on *items*, and return the rejected items, which bisection finds."""
     try:
         yield from call(items)

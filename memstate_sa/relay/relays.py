@@ -1,4 +1,4 @@
-"""`Relays`: the relays of one Memory. What wakes them, what they deliver, how they end."""
+"""`Relays`: the relays of one Memory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Relays:
         """Each index, and the classes that it gets."""
         return {name: (destination, self._registry.published(name)) for name, destination in self._destinations.items()}
 
-    # -- what wakes them -----------------------------------------------------------------------------------------------
+    # -- waking -----------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
         for relay in self.all():
@@ -84,23 +84,23 @@ class Relays:
             with contextlib.suppress(ImportError):  # of a driver that blocks: relays elsewhere find it by polling
                 self._notifier.committed(self._engines.for_threads(engine))
 
-    # -- what they deliver ---------------------------------------------------------------------------------------------
+    # -- delivery ---------------------------------------------------------------------------------------------
 
     def backlogs(self, connection: Connection) -> Iterator[tuple[str, Backlog]]:
-        """What each index has not been given yet."""
+        """The backlog of each index, by name."""
         problems = {name: why for relay in self.all() for name, why in relay.problems().items()}
         for name, (destination, tracked) in self.by_index().items():
             pending = backlog(connection, IndexKey(name, destination.open()), list(tracked))
             yield name, replace(pending, problem=problems.get(name, pending.problem))
 
     def deliver(self, engine: Engine, relay: Relay, timeout: float) -> None:
-        """Deliver what is due: by *relay*, or by whoever holds the lease."""
+        """Have the due keys delivered: by *relay*, or by the relay that holds the lease."""
         deadline = time.monotonic() + timeout
         self.wake()
         relay.drain(timeout)
         while self._is_due(engine):
             if time.monotonic() > deadline:
-                raise DeliveryError(f"what is due was not delivered within {timeout:g} s; is a relay stuck?")
+                raise DeliveryError(f"Not delivered within {timeout:g} s. Is a relay stuck?")
             relay.drain(timeout)
             time.sleep(0.02)
 
@@ -108,7 +108,7 @@ class Relays:
         with engine.connect() as connection:
             return any(pending.due for _, pending in list(self.backlogs(connection)))
 
-    # -- how they end --------------------------------------------------------------------------------------------------
+    # -- the end --------------------------------------------------------------------------------------------------
 
     def stop(self, deadline: float) -> list[Relay]:
         """Stop all relays, and return them. *deadline* is a time of `time.monotonic`."""

@@ -25,10 +25,11 @@ class Request(Generic[R]):
     """A request of the protocol for I/O. Its reply is an R or an exception."""
 
 
-Steps: TypeAlias = Generator[Request[Any], Any, R]
+Exchange: TypeAlias = Generator[Request[Any], Any, R]
+"""A part of the protocol: it yields requests, is sent their replies, and returns an R."""
 
 
-def ask(request: Request[R]) -> Steps[R]:
+def ask(request: Request[R]) -> Exchange[R]:
     reply: R = yield request
     return reply
 
@@ -248,7 +249,7 @@ class Upsert(Request[None]):
     """Write points. ``meanwhile``: requests that may run during the call, while the function they get returns True."""
 
     writes: Sequence[PointWrite]
-    meanwhile: Callable[[Callable[[], bool]], Steps[None]] | None = field(default=None, compare=False)
+    meanwhile: Callable[[Callable[[], bool]], Exchange[None]] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

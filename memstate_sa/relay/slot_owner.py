@@ -9,7 +9,7 @@ from typing import NamedTuple
 from memstate_sa.db.codec import FactKey
 from memstate_sa.log.positions import Position, slot_of
 from memstate_sa.relay.plan import Parked, ParkedState
-from memstate_sa.relay.requests import Acknowledge, Claim, Claimed, Redirty, Release, Renew, Steps, ask
+from memstate_sa.relay.requests import Acknowledge, Claim, Claimed, Exchange, Redirty, Release, Renew, ask
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ class Counters:
 class SlotOwner:
     """The slots of one index that one owner has, their positions, and the keys whose last write is unsure.
 
-    A method that returns `Steps` must run to its end before the next one begins.
+    A method that returns `Exchange` must run to its end before the next one begins.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class SlotOwner:
 
     @property
     def due_at(self) -> float:
-        """The time when the next step is needed, even if nothing is committed until then."""
+        """The time when the next delivery is needed, even if nothing is committed until then."""
         return min(self._renew_at, self._save_at) if self._has_unsaved() else self._renew_at
 
     # -- the lease ---------------------------------------------------------------------------------------------------
 
-    def keep(self) -> Steps[bool]:
+    def keep(self) -> Exchange[bool]:
         """Renew the lease, or claim slots, if half of the lease is over. Return whether that was necessary."""
         now = self._clock()
         if now < self._renew_at:
@@ -112,21 +112,21 @@ class SlotOwner:
             yield from self._claim()
         return True
 
-    def release(self) -> Steps[None]:
+    def release(self) -> Exchange[None]:
         """Release all slots, so that other owners can claim them at once."""
         if self._late:
             yield from self._redirty()
         yield from self._give_up(set(self.epochs), leave=True)
         self.reset()
 
-    def _claim(self, *, went_back: bool = False) -> Steps[Claimed]:
+    def _claim(self, *, went_back: bool = False) -> Exchange[Claimed]:
         claimed_at = self._clock()
         claimed = yield from ask(Claim(dict(self.epochs), went_back))
         self._renew_at = claimed_at + self._lease_s / 2
         self._owner_count, self._quota = claimed.owners, claimed.quota
-        kept = {slot for slot, claim in claimed.slots.items() if not claim.fresh}
-        yield from self._lose(set(self.epochs) - kept)
-        if claimed.marked != self._marked or kept != claimed.slots.keys():
+        kept_slots = {slot for slot, claim in claimed.slots.items() if not claim.fresh}
+        yield from self._lose(set(self.epochs) - kept_slots)
+        if claimed.marked != self._marked or kept_slots != claimed.slots.keys():
             self._filled = False
         self._marked = claimed.marked
         if claimed.entities is not None:
@@ -146,7 +146,7 @@ class SlotOwner:
                 groups.setdefault(state, group).slots.update(group.slots)
         self._groups = list(groups.values())
 
-    def _give_up_surplus(self) -> Steps[None]:
+    def _give_up_surplus(self) -> Exchange[None]:
         """Release the slots beyond our share, beginning with the highest positions. Unsettled slots stay."""
         settled = [
             (group.position.floor, slot)
@@ -159,7 +159,7 @@ class SlotOwner:
         if slots:
             yield from self._give_up(slots, leave=False)
 
-    def _give_up(self, slots: set[int], *, leave: bool) -> Steps[None]:
+    def _give_up(self, slots: set[int], *, leave: bool) -> Exchange[None]:
         unsure = self._repeats(slots, "interrupted")
         positions = {slot: group.position for group in self._groups for slot in group.slots & slots}
         epochs = {slot: self.epochs[slot] for slot in slots}
@@ -172,7 +172,7 @@ class SlotOwner:
     def _unsettled_slots(self) -> set[int]:
         return {slot for group in self._groups if group.unsettled_until is not None for slot in group.slots}
 
-    def _lose(self, slots: set[int]) -> Steps[None]:
+    def _lose(self, slots: set[int]) -> Exchange[None]:
         """Drop *slots*, which another owner has taken.
 
         Our late writes may reach the index after its writes, so the new owner must repeat these keys.
@@ -188,7 +188,7 @@ class SlotOwner:
         if self._late:
             yield from self._redirty()
 
-    def _redirty(self) -> Steps[None]:
+    def _redirty(self) -> Exchange[None]:
         yield from ask(Redirty(dict(self._late)))
         self._late.clear()
 
@@ -213,12 +213,12 @@ class SlotOwner:
         """A function that tells whether we have had the slot of a key without a break since *epochs* were read."""
         if self.epochs == epochs:
             return lambda _: True
-        kept = {slot for slot, epoch in epochs.items() if self.epochs.get(slot) == epoch}
-        return lambda fact: self._slot(fact) in kept
+        kept_slots = {slot for slot, epoch in epochs.items() if self.epochs.get(slot) == epoch}
+        return lambda fact: self._slot(fact) in kept_slots
 
     # -- positions ---------------------------------------------------------------------------------------------------
 
-    def save(self) -> Steps[None]:
+    def save(self) -> Exchange[None]:
         """Record the positions that have changed."""
         positions = self._unsaved_positions()
         if positions:
@@ -226,7 +226,7 @@ class SlotOwner:
                 Acknowledge({slot: self.epochs[slot] for slot in positions}, positions=positions)
             )
 
-    def _save_in_time(self, renewed: bool) -> Steps[None]:
+    def _save_in_time(self, renewed: bool) -> Exchange[None]:
         """Save all changed positions when the lease is renewed, and positions that have passed entries sooner."""
         if renewed or (self._clock() >= self._save_at and self._has_unsaved()):
             yield from self.save()
@@ -244,11 +244,11 @@ class SlotOwner:
             slot: position for group, position in positions if position != group.saved_position for slot in group.slots
         }
 
-    def _acknowledge(self, record: Acknowledge) -> Steps[None]:
-        lost = yield from ask(record)
+    def _acknowledge(self, record: Acknowledge) -> Exchange[None]:
+        lost_slots = yield from ask(record)
         if record.positions:
             self._save_at = self._clock() + self._save_every_s
             for group in self._groups:
                 group.saved_position = record.positions.get(next(iter(group.slots), -1), group.saved_position)
                 group.has_passed_entries = False
-        yield from self._lose(set(lost) & self.epochs.keys())
+        yield from self._lose(set(lost_slots) & self.epochs.keys())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from memstate_sa.db.codec import FactKey
 from memstate_sa.log.positions import Position
 from memstate_sa.relay.plan import Delivered
-from memstate_sa.relay.requests import PageState, Refill, Steps
+from memstate_sa.relay.requests import Exchange, PageState, Refill
 from memstate_sa.relay.slot_owner import Move, SlotGroup
 
 
@@ -26,7 +26,7 @@ class Source:
     foreign: Collection[FactKey] = ()
     intents: Collection[FactKey] = ()
     listed: Mapping[FactKey, Delivered] = field(default_factory=dict)
-    following: Callable[[], Steps[Source]] | None = None
+    following: Callable[[], Exchange[Source]] | None = None
 
     @property
     def is_empty(self) -> bool:

@@ -19,14 +19,14 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    column as sql_column,
     func,
     select,
+    table as table_clause,
     text,
     type_coerce,
+    types as sqltypes,
 )
-from sqlalchemy import column as sql_column
-from sqlalchemy import table as table_clause
-from sqlalchemy import types as sqltypes
 from sqlalchemy.engine import Connection
 from sqlalchemy.pool import Pool
 from sqlalchemy.types import TypeEngine

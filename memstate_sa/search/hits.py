@@ -1,20 +1,24 @@
-"""The hits of a search, and the distance by which they are ordered."""
+"""The hits of a search, and the distance that orders them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from enum import StrEnum
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+from sqlalchemy import inspect
 
 from memstate_sa.indexes.base import Vector
+from memstate_sa.runtime.display import html_table, shortened, summary
 
 F = TypeVar("F")
+_SHOWN_HITS = 5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Hit(Generic[F]):
-    """A fact that SQL holds, and how near it is: cosine distance, 0 identical to 2 opposite."""
+    """A fact that SQL holds, and its cosine distance from the query: 0 is identical, 2 is opposite."""
 
     fact: F
     distance: float
@@ -23,16 +27,63 @@ class Hit(Generic[F]):
     def score(self) -> float:
         return 1.0 - self.distance
 
+    def __repr__(self) -> str:
+        name, values = _loaded(self.fact)
+        texts = ", ".join(f"{column}={shortened(value, 40)}" for column, value in values.items())
+        return summary(self, f"{self.distance:.3f}", f"{name} {texts}".rstrip())
+
+
+class Incomplete(StrEnum):
+    """Why a search could not consider some rows."""
+
+    FILLING = "the index is still being filled"
+    TOO_MANY = "more changes are undelivered than one search embeds"
+    IMPOSSIBLE_KEY = "no row can have an undelivered key"
+    TEXT_FAILED = "the text of a row could not be read"
+    REFUSED = "the embedder refused a text"
+    UNAVAILABLE = "the embedder is unavailable"
+    OTHER_CONTENT = "the index has other content than the rows"
+    OLD_SNAPSHOT = "the transaction may see older rows than the index has"
+
 
 class Hits(list[Hit[F]]):
     """Hits, best first.
 
-    ``complete`` is False when some rows could not be considered: more undelivered than `OVERLAY_LIMIT`, an embedding
-    that failed, an index that is still being filled, a key that no row can have, or a transaction whose snapshot is
-    older than the index.
+    ``reasons`` says why the search could not consider some rows. Without a reason, the hits are ``complete``.
     """
 
-    complete: bool = True
+    def __init__(self, hits: Any = (), reasons: Any = ()) -> None:
+        super().__init__(hits)
+        self.reasons: list[Incomplete] = list(reasons)
+
+    @property
+    def complete(self) -> bool:
+        return not self.reasons
+
+    def _state(self) -> str:
+        return f"incomplete: {', '.join(self.reasons)}" if self.reasons else "complete"
+
+    def __repr__(self) -> str:
+        rest = [f"{len(self) - _SHOWN_HITS} more"] if len(self) > _SHOWN_HITS else []
+        return summary(self, f"{len(self)} hits", self._state(), *map(repr, self[:_SHOWN_HITS]), *rest)
+
+    def _repr_html_(self) -> str:
+        rows = [(f"{hit.distance:.3f}", *_loaded(hit.fact)) for hit in self]
+        columns = list(dict.fromkeys(column for *_, values in rows for column in values))
+        return html_table(
+            f"{len(self)} hits ({self._state()})",
+            ["distance", "fact", *columns],
+            [[distance, name, *map(values.get, columns)] for distance, name, values in rows],
+        )
+
+
+def _loaded(fact: object) -> tuple[str, dict[str, Any]]:
+    """The class and the column values of *fact* that are in memory: a look must not ask the database."""
+    state: Any = inspect(fact, raiseerr=False)
+    if state is None or not hasattr(state, "mapper"):
+        return shortened(fact), {}
+    names = [attribute.key for attribute in state.mapper.column_attrs]
+    return type(fact).__name__, {name: state.dict[name] for name in names if name in state.dict}
 
 
 def cosine_distance(a: Vector, b: Vector) -> float:

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from memstate_sa.db.codec import encode_key
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import batches
+from memstate_sa.search.hits import Incomplete
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.committed import raw_key_columns
 from memstate_sa.tracking.projection import Projection
@@ -30,13 +31,13 @@ class HydratedRow:
 class Hydration:
     """Loads rows by key, each only once.
 
-    ``rows`` has None for a key if the statement selects no row of it. ``complete`` is False if the content of some row
-    is unknown.
+    ``rows`` has None for a key if the statement selects no row of it. ``reasons`` says why the content of some
+    row is unknown.
     """
 
     def __init__(self, session: Session, statement: Select[Any], tracked: Tracked) -> None:
         self.rows: dict[str, HydratedRow | None] = {}
-        self.complete = True
+        self.reasons: dict[Incomplete, None] = {}
         self._session = session
         self._statement = statement
         self._tracked = tracked
@@ -62,11 +63,11 @@ class Hydration:
             for row in rows:
                 key = encode_key(row[1 : 1 + width])
                 if key not in possible:  # the type of the key was changed: SQLite then finds "1" by 1
-                    self.complete = False
+                    self.reasons[Incomplete.IMPOSSIBLE_KEY] = None
                 try:
                     projection = self._tracked.project(key, rows_of_several_tables.get(key, row[1 + width :]), embedder)
                 except Exception:  # noqa: BLE001  # the application's function failed: the relay parks such a row too
-                    self.complete = False
+                    self.reasons[Incomplete.TEXT_FAILED] = None
                 else:
                     self.rows[key] = HydratedRow(row[0], projection)
 

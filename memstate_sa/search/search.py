@@ -40,7 +40,7 @@ from memstate_sa.relay.retry import guarded, halves
 from memstate_sa.runtime.calls import Call, call_directly
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.search.comparable import Comparable
-from memstate_sa.search.hits import Hit, Hits, cosine_distance
+from memstate_sa.search.hits import Hit, Hits, Incomplete, cosine_distance
 from memstate_sa.search.hydration import Hydration, keys_of
 from memstate_sa.search.overlay import OVERLAY_LIMIT, read_overlay
 from memstate_sa.search.pushdown import push_down
@@ -113,7 +113,7 @@ class Search:
         self._resolve = resolve
         self._use_index(name)
         self._capture = capture
-        self._complete = True
+        self._reasons: dict[Incomplete, None] = {}
         self._hydration = Hydration(session, statement, tracked)
         self._distances: dict[str, float] = {}
         self._distances_of_texts: dict[str | None, float] = {}
@@ -159,9 +159,10 @@ class Search:
         if fresh and self._is_complete and self._mismatched_keys:
             self._check_mismatches(set(self._mismatched_keys[:_MISMATCH_LIMIT]))
         rows = self._hydration.rows
-        hits: Hits[Any] = Hits(Hit(rows[key].fact, distance) for distance, key in nearest)  # type: ignore[union-attr]
-        hits.complete = self._is_complete and not self._sees_the_past()
-        return hits
+        if self._is_complete and self._sees_the_past():
+            self._reasons[Incomplete.OLD_SNAPSHOT] = None
+        hits = (Hit(rows[key].fact, distance) for distance, key in nearest)  # type: ignore[union-attr]
+        return Hits(hits, {**self._reasons, **self._hydration.reasons})
 
     def _query(
         self, vector: Vector, limit: int, max_distance: float | None, undelivered: Sequence[str], *, fresh: bool
@@ -199,7 +200,7 @@ class Search:
 
     @property
     def _is_complete(self) -> bool:
-        return self._complete and self._hydration.complete
+        return not self._reasons and not self._hydration.reasons
 
     def _embedded(self, query: str) -> Vector:
         return np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
@@ -225,7 +226,8 @@ class Search:
                 self._tracked.entity,
                 stale_keys[0],
             )
-        self._complete = not stale_keys
+        if stale_keys:
+            self._reasons[Incomplete.OTHER_CONTENT] = None
 
     # -- undelivered keys ----------------------------------------------------------------------------------------------
 
@@ -244,15 +246,20 @@ class Search:
         own_tx = transaction.tx if transaction is not None else ""
         overlay = read_overlay(connection, index, self._tracked.entity, coverage, own_tx)
         possible = self._tracked.columns_for(connection.dialect).possible(connection, overlay.keys)
+        if not coverage.filled:
+            self._reasons[Incomplete.FILLING] = None
+        elif not overlay.complete:
+            self._reasons[Incomplete.TOO_MANY] = None
         # A key that is not possible shows that the type of the key was changed.
-        if not overlay.complete or len(possible) < len(overlay.keys):
-            self._complete = False
+        if len(possible) < len(overlay.keys):
+            self._reasons[Incomplete.IMPOSSIBLE_KEY] = None
         return overlay.keys
 
     def _no_keys(self) -> list[str]:
         """An empty list, without a search for undelivered keys. Hits are complete if all rows were delivered once."""
         coverage = self._coverage = self._read_coverage(self._connection(), self._index_key())
-        self._complete = coverage.filled
+        if not coverage.filled:
+            self._reasons[Incomplete.FILLING] = None
         return []
 
     def _read_coverage(self, connection: Connection, index: IndexKey) -> EntityCoverage:
@@ -336,7 +343,7 @@ class Search:
                 if match is not None and key not in undelivered:
                     self._mismatched_keys.append(key)
         if len(unmeasured) > self._budget:
-            self._complete = False
+            self._reasons[Incomplete.TOO_MANY] = None
             unmeasured = dict(list(unmeasured.items())[: self._budget])
         self._budget -= len(unmeasured)
         if not unmeasured:
@@ -363,13 +370,13 @@ class Search:
         try:
             return self._call(self._vectors.embed, texts, remember=True)
         except DeliveryRejected:
-            self._complete = False
+            self._reasons[Incomplete.REFUSED] = None
             if len(texts) == 1:
                 return {}
             first, second = halves(list(texts))
             return self._embed({k: texts[k] for k in first}) | self._embed({k: texts[k] for k in second})
         except DeliveryError:
-            self._complete = False
+            self._reasons[Incomplete.UNAVAILABLE] = None
             return {}
 
     def _nearest(self, limit: int, max_distance: float | None, keys: Collection[str]) -> list[tuple[float, str]]:

@@ -46,14 +46,14 @@ class Searcher:
         """The hits of *query* among the rows that *target* selects. *call* calls indexes and embedders."""
         statement, tracked = resolve_target(self._registry, target)
         name = self._succession.index_for(tracked, query.index)
-        asked = self._last_asked.get(name, name)
+        last_name = self._last_asked.get(name, name)
         if query.as_of is not None:
-            return self._search_past(call, session, statement, tracked, asked, query)
+            return self._search_past(call, session, statement, tracked, last_name, query)
         search = Search(
             session,
             self._capture,
             self._destinations,
-            asked,
+            last_name,
             self._opened,
             statement,
             tracked,

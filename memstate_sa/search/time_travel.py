@@ -80,10 +80,10 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
     with database.snapshot(engine) as connection:
         # Check the moment before any table is hidden.
         log_at(connection, at)
-        filled = [_rows_at(connection, one, at) for one in tracked]
+        rows_of_classes = [_rows_at(connection, one, at) for one in tracked]
         database.prefer_temporary_tables(connection)
-        for own, rows in (item for one in filled for item in one.items()):
-            _hide(connection, own, rows)
+        for columns, rows in (item for rows_of_class in rows_of_classes for item in rows_of_class.items()):
+            _hide(connection, columns, rows)
         # With a SAVEPOINT, the Session's rollback() does not end the snapshot.
         with (
             database.read_only(connection),
@@ -114,34 +114,37 @@ def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
     return rows
 
 
-def _rows_of_others(connection: Connection, tracked: Tracked, own: TableColumns) -> Iterator[tuple[str, Sequence[Any]]]:
+def _rows_of_others(
+    connection: Connection, tracked: Tracked, columns: TableColumns
+) -> Iterator[tuple[str, Sequence[Any]]]:
     """The rows of other classes in a table that the class shares, with their keys.
 
     The class shares it with other classes of single-table inheritance, or with its base class.
     """
-    if tracked.criterion is None and own.table not in tracked.tables[: tracked.base_table_count]:
+    table = columns.table
+    if tracked.criterion is None and table not in tracked.tables[: tracked.base_table_count]:
         return
     keys = select(*tracked.key_columns).select_from(tracked.rows)
     own_keys = (keys if tracked.criterion is None else keys.where(tracked.criterion)).subquery()
-    key = list(own.table.primary_key.columns)
+    key = list(table.primary_key.columns)
     is_same = and_(*(one == other for one, other in zip(key, own_keys.columns, strict=True)))
-    table = own.table.outerjoin(own_keys, is_same)
-    others = select(*map(own.raw, [*key, *stored_columns(own.table)])).select_from(table)
+    others = select(*map(columns.raw, [*key, *stored_columns(table)])).select_from(table.outerjoin(own_keys, is_same))
     for row in connection.execute(others.where(own_keys.columns[0].is_(None))):
-        yield own.encode_key(row[: len(key)]), row[len(key) :]
+        yield columns.encode_key(row[: len(key)]), row[len(key) :]
 
 
-def _hide(connection: Connection, own: TableColumns, rows: Sequence[Sequence[Any]]) -> None:
-    columns = stored_columns(own.table)
+def _hide(connection: Connection, columns: TableColumns, rows: Sequence[Sequence[Any]]) -> None:
+    """Hide a table by a temporary table with *rows*."""
+    stored = stored_columns(columns.table)
     past = Table(
-        own.table.name,
+        columns.table.name,
         MetaData(),
-        *(Column(c.name, _wide(c.type), primary_key=c.primary_key, autoincrement=False) for c in columns),
+        *(Column(c.name, _wide(c.type), primary_key=c.primary_key, autoincrement=False) for c in stored),
         prefixes=["TEMPORARY"],
     )
     connection.execute(CreateTable(past))
-    names = [f"memstate_{n}" for n in range(len(columns))]
-    values = {c.name: own.raw_parameter(c, name) for c, name in zip(past.columns, names, strict=True)}
+    names = [f"memstate_{n}" for n in range(len(stored))]
+    values = {c.name: columns.raw_parameter(c, name) for c, name in zip(past.columns, names, strict=True)}
     for batch in batches(rows):
         # If the type of the key was changed, the log may have both 1 and "1". SQLite takes them for the same text.
         statement = database_of(connection).upsert(past).values(values).on_conflict_do_nothing()

@@ -31,6 +31,7 @@ from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError
 from memstate_sa.log import absent_keys
 from memstate_sa.log.changes import Change, LogEntry, LoggedChange, conflicting_entries, invert, new_tx
 from memstate_sa.log.history import Moment, read_changes
+from memstate_sa.runtime.display import html_table, summary
 from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
@@ -59,7 +60,7 @@ _CHANGED_LATER = "other transactions changed these facts later"
 _BLOCKED = "other rows are in the way, because a unique value is taken, a row is still referred to, or a parent is gone"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Revocation:
     """The result of `Memory.revoke`.
 
@@ -71,6 +72,15 @@ class Revocation:
     reverted: list[Change] = field(default_factory=list)
     kept: list[Change] = field(default_factory=list)
     conflicts: list[Change] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.kept)} kept, {len(self.conflicts)} in conflict"
+        return summary(self, f"{len(self.reverted)} reverted", counts)
+
+    def _repr_html_(self) -> str:
+        groups = {"reverted": self.reverted, "kept": self.kept, "conflicts": self.conflicts}
+        rows = ((name, change.entity, change.key, change) for name, changes in groups.items() for change in changes)
+        return html_table(repr(self), ("", "entity", "key", "change"), rows)
 
 
 class Undo:
@@ -241,8 +251,8 @@ class Undoing:
         changed_since: Collection[FactKey] = set(final)
         if self.on_conflict != "force":
             later = later_entries(self.connection, changes)
-            own = {change.id for change in changes}
-            changed_since = {entry.fact for entry in later if entry.id not in own}
+            own_ids = {change.id for change in changes}
+            changed_since = {entry.fact for entry in later if entry.id not in own_ids}
             if changed_since:
                 undone_changes = undone(self.connection, {entry.tx for entry in later}.difference(targets))
                 ids_by_fact = conflicting_entries(later, set(targets), undone_changes)

@@ -21,6 +21,7 @@ from memstate_sa.relay.requests import (
     Acknowledge,
     Claim,
     Claimed,
+    Exchange,
     KeyPage,
     ListFacts,
     PageState,
@@ -30,7 +31,6 @@ from memstate_sa.relay.requests import (
     Redirty,
     Release,
     Request,
-    Steps,
     Upsert,
 )
 from memstate_sa.relay.sources import Source
@@ -255,9 +255,9 @@ class Unfenced(Index):
 class UnsureIsForgotten(SlotWorker):
     """Writes that may have landed and were not recorded are not repeated."""
 
-    def step(self) -> Steps[int | None]:
+    def deliver(self) -> Exchange[int | None]:
         self._unsure.clear()
-        return (yield from super().step())
+        return (yield from super().deliver())
 
 
 class TimeoutsAreFinal(SlotWorker):
@@ -277,7 +277,7 @@ class LeavesWithoutAWord(SlotWorker):
 class RowsReadAheadAreNotReadAgain(SlotWorker):
     """A page that was read ahead is written unchanged, although some of its keys have been delivered since."""
 
-    def _state_of(self, source: Source) -> Steps[PageState]:
+    def _state_of(self, source: Source) -> Exchange[PageState]:
         if self._ahead is not None:
             self._ahead.outdated.clear()
         return (yield from super()._state_of(source))

@@ -23,6 +23,7 @@ from memstate_sa.relay.requests import (
     Claim,
     Embed,
     Embedded,
+    Exchange,
     Fetch,
     KeyPage,
     ListFacts,
@@ -33,7 +34,6 @@ from memstate_sa.relay.requests import (
     Release,
     Remove,
     Request,
-    Steps,
     Upsert,
 )
 from memstate_sa.relay.retry import Breaker, RetryPolicy
@@ -220,11 +220,11 @@ class Worker:
     slot_worker: SlotWorker
     breaker: Breaker
     me: Me
-    steps: Steps[Any] | None = None
+    steps: Exchange[Any] | None = None
     doing: str = ""
     request: Request[Any] | None = None
     answer: tuple[Any, Exception | None] | None = None
-    ahead: Steps[None] | None = None  # beside an Upsert
+    ahead: Exchange[None] | None = None  # beside an Upsert
     asks_ahead: Request[Any] | None = None
     rests: bool = False  # its last step found nothing to do
     paused_until: float = 0.0
@@ -585,7 +585,7 @@ class World:
         else:
             self._tell(worker, reply, error)
 
-    def _advance_ahead(self, worker: Worker, ahead: Steps[None]) -> None:
+    def _advance_ahead(self, worker: Worker, ahead: Exchange[None]) -> None:
         """Execute one request beside a call of the index, which may not have landed yet."""
         request, reply, error = worker.asks_ahead, None, None
         if request is not None:
@@ -638,7 +638,7 @@ class World:
             elif worker.doing == "step" and self.rng.random() < 0.2:
                 worker.doing, worker.steps = "save", slot_worker.save()
             else:
-                worker.doing, worker.steps, worker.began = "step", slot_worker.step(), self.now
+                worker.doing, worker.steps, worker.began = "step", slot_worker.deliver(), self.now
                 worker.rests = False
         self._resume_steps(worker, None, None)
 

@@ -28,8 +28,7 @@ from memstate_sa import MemstateError
 from memstate_sa.errors import DeliveryError
 from memstate_sa.relay.backlog import Backlog, backlog
 from memstate_sa.relay.index_key import IndexKey
-from tests.support.redis_server import AT_ONCE
-from tests.support.redis_server import Server as Redis
+from tests.support.redis_server import AT_ONCE, Server as Redis
 from tests.torture import worker, writer
 from tests.torture.app import COLLECTION, WORKERS, WRITERS, App, Base, Setting
 from tests.torture.audit import Audit, audit

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from memstate_sa.db.codec import FactKey
 from memstate_sa.undo.constraints import Constraints, FactsByValue, Reference, Uniqueness

@@ -7,8 +7,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from memstate_sa.indexes._filters import canonical, matches, storable
 from memstate_sa.indexes.base import Filter

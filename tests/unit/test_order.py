@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table
 
 from memstate_sa.undo.order import (

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from memstate_sa.db.statements import batches
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable

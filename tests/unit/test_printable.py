@@ -8,8 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from memstate_sa.errors import ConflictError, DeliveryRejected, MemstateError
 from memstate_sa.runtime.printable import printable, printable_logger

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable
 from memstate_sa.indexes.provider_errors import delivery_error

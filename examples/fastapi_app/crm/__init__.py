@@ -1,1 +1,1 @@
-"""A small CRM: accounts, their users, their contacts, and what users note about these."""
+"""A small CRM: accounts, their users, their contacts, and the notes of users about contacts."""

@@ -1,4 +1,4 @@
-"""Who is calling: every user has an API key, sent as a bearer token."""
+"""The caller: every user has an API key, sent as a bearer token."""
 
 import hashlib
 import secrets

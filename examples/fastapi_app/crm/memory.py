@@ -1,4 +1,4 @@
-"""What the service remembers: where, of which models, and whose writes."""
+"""The memory of the service: its index, its models, and the Sessions that write them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the service stores: contacts and tags are shared in an account, notes are for the user who wrote them."""
+"""The models: contacts and tags are shared in an account, notes belong to the user who wrote them."""
 
 from __future__ import annotations
 

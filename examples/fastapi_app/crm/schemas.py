@@ -1,4 +1,4 @@
-"""What goes over the wire."""
+"""The bodies of requests and answers."""
 
 from datetime import datetime
 from typing import Annotated, Any

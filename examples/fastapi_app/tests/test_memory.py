@@ -1,4 +1,4 @@
-"""What the memory adds: search by meaning that cannot leak, undo, and history."""
+"""The memory adds search by meaning that cannot leak, undo, and history."""
 
 import asyncio
 from typing import Any
@@ -56,7 +56,7 @@ async def in_index() -> set[str]:
 
 
 async def test_notes_are_found_by_meaning(ada: AsyncClient) -> None:
-    """Of one contact, or with one tag, as in the list of notes."""
+    """Filters by contact and by tag work as in the list of notes."""
     tomas, vera = await contact(ada), await contact(ada, name="Vera")
     for number, body in enumerate(SUBJECTS):
         await note(ada, (tomas, vera)[number % 2], body, f"tag {number}")
@@ -90,7 +90,7 @@ async def test_contacts_are_found_by_their_account(join: Join, ada: AsyncClient)
     ],
 )
 async def test_no_question_finds_what_is_somebody_elses(join: Join, ada: AsyncClient, question: str) -> None:
-    """Not even one that is word for word what a colleague wrote about the same contact; with or without filters."""
+    """Not even the exact words of a colleague about the same contact find a note of the colleague."""
     colleague = await join(ada)
     tomas = await contact(ada)
     for body in SUBJECTS:
@@ -104,7 +104,7 @@ async def test_no_question_finds_what_is_somebody_elses(join: Join, ada: AsyncCl
 
 
 async def test_users_at_the_same_time(join: Join) -> None:
-    """Each writes, changes, deletes and searches; whatever falls in between, each sees what is then its own."""
+    """Each user writes, changes, deletes and searches, and always sees exactly the notes of that user."""
 
     async def work(user: AsyncClient, number: int) -> None:
         tomas = await contact(user)
@@ -153,7 +153,7 @@ async def test_undo_brings_back_a_note_with_its_tags(join: Join, ada: AsyncClien
 
 
 async def test_undo_of_one_session(ada: AsyncClient) -> None:
-    """What an agent did for its user, with an X-Session-ID of its own, while the user went on working."""
+    """An agent works for its user, with an X-Session-ID of its own, while the user goes on working."""
     tomas = await contact(ada)
     await note(ada, tomas, "Plays the violin", headers={"X-Session-ID": "run 7"})
     await note(ada, tomas, "Flies to Lisbon")
@@ -165,7 +165,7 @@ async def test_undo_of_one_session(ada: AsyncClient) -> None:
 
 
 async def test_undo_does_not_overwrite_what_a_colleague_wrote(join: Join, ada: AsyncClient) -> None:
-    """The contact was deleted with the colleague's note; it was changed since; others' sessions are others'."""
+    """The contact was deleted with the colleague's note, or was changed since. A session belongs to its user."""
     colleague, stranger = await join(ada), await join()
     tomas = await contact(ada)
     await sent(ada, "PATCH", f"/contacts/{tomas}", json={"about": "bakes bread"})
@@ -239,7 +239,7 @@ async def test_the_history_of_a_note_is_its_owners(join: Join, ada: AsyncClient)
 
 
 async def test_who_owned_a_note_sees_his_part_of_its_history(join: Join, ada: AsyncClient) -> None:
-    """What it said before it was handed over stays the former owner's, what it says since is the new one's."""
+    """The earlier owner sees the note until it was handed over. The new owner sees it from then on."""
     colleague = await join(ada)
     mine = await note(ada, await contact(ada), "Flies to Lisbon")
     new_owner = (await sent(colleague, "GET", "/users/me"))["id"]

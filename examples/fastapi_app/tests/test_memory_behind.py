@@ -1,4 +1,4 @@
-"""Searches while no relay runs: what the index holds is old, and no answer is."""
+"""Searches while no relay runs: the index is old, and no answer is old."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -45,7 +45,7 @@ async def test_a_deleted_note_is_not_found_by_its_vector(join: Join, ada: AsyncC
 
 
 async def test_a_note_is_found_by_what_it_says_now(ada: AsyncClient) -> None:
-    """A stale vector neither hides a note nor lets it be found by what it said before."""
+    """A stale vector does not hide a note. It does not let a search find the note by its old text."""
     tomas = await contact(ada)
     changing = await note(ada, tomas, "Flies to Lisbon on Monday")
     await note(ada, tomas, "Works from home on Tuesday")
@@ -60,7 +60,7 @@ async def test_a_note_is_found_by_what_it_says_now(ada: AsyncClient) -> None:
 
 
 async def test_what_was_moved_to_another_owner_is_its(join: Join, ada: AsyncClient) -> None:
-    """The index still says that it is the former owner's: the select() decides."""
+    """The index still has the earlier owner, and the select() decides."""
     colleague = await join(ada)
     mine = await note(ada, await contact(ada), "Flies to Lisbon")
     await deliver()

@@ -1,4 +1,4 @@
-"""What the service does, with a memory or without one."""
+"""The service itself, with a memory or without one."""
 
 import asyncio
 from typing import Any
@@ -80,5 +80,5 @@ async def test_what_makes_no_sense_is_refused(ada: AsyncClient) -> None:
 
 
 async def test_the_migrations_lead_to_the_models(database: Config) -> None:
-    """What `alembic revision --autogenerate` would write now is nothing."""
+    """`alembic revision --autogenerate` would write nothing now."""
     await asyncio.to_thread(command.check, database)

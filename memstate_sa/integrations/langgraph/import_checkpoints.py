@@ -23,7 +23,7 @@ from memstate_sa.integrations.langgraph.checkpoint_codec import is_small, storab
 from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey, NewCheckpoint, SerializedValue, TaskWrite
 from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer
 from memstate_sa.integrations.langgraph.sync_engines import sync_engine
-from memstate_sa.maintenance.progress import Progress
+from memstate_sa.relay.progress import ProgressOption, reporting
 
 _PAGE = 200
 _PASS_ON = ormsgpack.OPT_PASSTHROUGH_DATACLASS | ormsgpack.OPT_NON_STR_KEYS
@@ -35,7 +35,7 @@ def import_checkpoints(
     *,
     threads: Sequence[str] = (),
     serde: SerializerProtocol | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> int:
     """Copy the checkpoints of a PostgresSaver or SqliteSaver (only *threads*, if set), and return their number.
 
@@ -43,20 +43,22 @@ def import_checkpoints(
     run imports only new ones. If the saver used another serializer than the default, pass it as *serde* to read the
     values.
 
+    *progress* is told the number of checkpoints. True shows a progress bar.
+
     Raises MemstateError if *source* has no such tables, or if a value cannot be read without *serde*.
     """
     engine = sync_engine(source, None)
     tables = _SaverTables(engine, serde, checkpointer.serde)
     count = 0
-    with engine.connect() as connection:
+    with engine.connect() as connection, reporting(progress, "importing") as report:
         total = tables.count(connection, threads)
         for thread_id in tables.threads(connection, threads):
             with checkpointer.engine.begin() as target:
                 for key, source_checkpoint in tables.checkpoints(connection, thread_id):
                     _put(target, checkpointer, key, source_checkpoint)
                     count += 1
-                    if progress is not None:
-                        progress(count, total)
+                    if report is not None:
+                        report(count, total)
     if engine is not source:
         engine.dispose()
     return count

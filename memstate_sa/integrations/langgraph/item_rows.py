@@ -54,18 +54,24 @@ class ItemRow(OwnBase):
         {"comment": "items of a LangGraph store"},
     )
 
-    id: Mapped[str] = mapped_column(String(40), primary_key=True, comment="the item's, and n in hex if it is not 0")
-    item: Mapped[str] = mapped_column(String(32), index=True, comment="a digest of namespace and key")
+    id: Mapped[str] = mapped_column(
+        String(40), primary_key=True, comment="the id of the item, followed by n in hex if n is not 0"
+    )
+    item: Mapped[str] = mapped_column(String(32), index=True, comment="a hash of namespace and key")
     n: Mapped[int] = mapped_column(Integer)
     scope: Mapped[str] = mapped_column(
-        Text, index=True, comment="the namespace's labels in UTF-8, each ended by NUL, in hex: sorts as they do"
+        Text,
+        index=True,
+        comment="the labels of the namespace in UTF-8, each followed by NUL, in hex; sorts like the labels",
     )
     key: Mapped[str] = mapped_column(Text)
-    value: Mapped[dict[str, Any] | None] = mapped_column(StoredJson, comment="of row 0")
-    text: Mapped[str | None] = mapped_column(Text, comment="what is embedded")
+    value: Mapped[dict[str, Any] | None] = mapped_column(StoredJson, comment="the value of the item, in row 0")
+    text: Mapped[str | None] = mapped_column(Text, comment="the text for embedding")
     created_at: Mapped[datetime] = mapped_column(UTCDateTime)
     updated_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime, comment="unless it is read before")
+    expires_at: Mapped[datetime | None] = mapped_column(
+        UTCDateTime, comment="the end of the item's life, if no read extends it"
+    )
 
     @property
     def namespace(self) -> tuple[str, ...]:
@@ -79,9 +85,14 @@ kept = Table(
     "memstate_item_kept",
     metadata,
     Column("id", String(32), primary_key=True),
-    Column("of", UTCDateTime, primary_key=True, comment="updated_at of what was read: another put, another life"),
+    Column(
+        "of",
+        UTCDateTime,
+        primary_key=True,
+        comment="updated_at of the item at the read; a later put begins another life",
+    ),
     Column("until", UTCDateTime, nullable=False, index=True),
-    comment="items that live longer because they were read: no history, and no writer in the way of an undo",
+    comment="items that live longer because they were read, without history and without conflicts for undo",
 )
 
 # -- namespaces -------------------------------------------------------------------------------------------------------

@@ -10,17 +10,26 @@ checkpoint = Table(
     "memstate_checkpoint",
     metadata,
     Column("thread_id", Text, primary_key=True),
-    Column("ns", Text, primary_key=True, comment="'' of a graph itself; of a subgraph, the path to it"),
+    Column("ns", Text, primary_key=True, comment="'' for the graph itself, the path for a subgraph"),
     Column("id", Text, primary_key=True, comment="sorts by time"),
     Column("parent_id", Text),
     Column("run_id", Text),
-    Column("position", String(40), comment="the log's last transaction then; null: it was empty, or nobody asked"),
+    Column(
+        "position",
+        String(40),
+        comment="the last transaction in the log at that time; null if the log was empty or not read",
+    ),
     Column("metadata", StoredJson, nullable=False),
-    Column("channels", Text, nullable=False, comment="JSON: the version of each channel's blob, null: it is in here"),
+    Column(
+        "channels",
+        Text,
+        nullable=False,
+        comment="JSON: the version of each channel's blob, or null if the payload has the value",
+    ),
     Column("type", Text, nullable=False),
     Column("payload", LargeBinary, nullable=False),
-    Column("snapshot", Text, comment="what was committed at the position (PostgreSQL)"),
-    comment="what a graph was between two steps",
+    Column("snapshot", Text, comment="the transactions that had committed at the position (PostgreSQL)"),
+    comment="the state of a graph between two supersteps",
 )
 _of_run = text("run_id IS NOT NULL")
 Index("ix_memstate_checkpoint_run_id", checkpoint.c.run_id, postgresql_where=_of_run, sqlite_where=_of_run)
@@ -34,7 +43,7 @@ blob = Table(
     Column("version", Text, primary_key=True),
     Column("type", Text, nullable=False),
     Column("value", LargeBinary, nullable=False),
-    comment="a channel's value, once for each of its versions",
+    comment="the value of a channel, stored once for each version",
 )
 
 # No foreign key to the checkpoint: the writes of a task may be committed before their checkpoint.
@@ -45,12 +54,18 @@ write = Table(
     Column("ns", Text, primary_key=True),
     Column("checkpoint_id", Text, primary_key=True),
     Column("task_id", Text, primary_key=True),
-    Column("idx", Integer, primary_key=True, autoincrement=False, comment="negative: of an error, an interrupt …"),
+    Column(
+        "idx",
+        Integer,
+        primary_key=True,
+        autoincrement=False,
+        comment="the number of the write; negative for an error, an interrupt …",
+    ),
     Column("task_path", Text, nullable=False),
     Column("channel", Text, nullable=False),
     Column("type", Text, nullable=False),
     Column("value", LargeBinary, nullable=False),
-    comment="what a task that ran at a checkpoint wrote, for the next one",
+    comment="the writes of a task that ran at a checkpoint",
 )
 
 lease = Table(
@@ -59,5 +74,5 @@ lease = Table(
     Column("thread_id", Text, primary_key=True),
     Column("owner", Text, nullable=False),
     Column("lease_until", UTCDateTime, nullable=False),
-    comment="which run may write a thread's checkpoints, where runs ask for it",
+    comment="the run that may write a thread's checkpoints, if runs use leases",
 )

@@ -11,8 +11,7 @@ from enum import Enum, IntEnum
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, TypedDict, TypeVar
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, RootModel, SecretStr
-from pydantic import dataclasses as pydantic_dataclasses
+from pydantic import BaseModel, ConfigDict, Field, RootModel, SecretStr, dataclasses as pydantic_dataclasses
 from sqlalchemy import Engine, text
 
 pytest.importorskip("langgraph.graph")

@@ -498,7 +498,7 @@ def test_a_relay_that_ran_before_delivers_items(engine: Engine) -> None:
         store = MemStateStore(facts, index={"fields": ["text"]})
         store.setup()
         store.put(NOTES, "a", {"text": "sweet red apple"})
-        facts._relay.drain(60)
+        facts.relay.drain(60)
         [change] = store.history(NOTES, "a")
         expected = {"memstate_item" + encode_key([change.key]): "sweet red apple"}
         assert_index_holds(index, embedder, {'memstate_fact["f"]': "text: green pear", **expected})

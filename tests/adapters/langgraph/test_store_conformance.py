@@ -29,8 +29,7 @@ from langgraph.store.memory import InMemoryStore
 
 from memstate_sa import Memory
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.integrations.langgraph import MemStateStore
-from memstate_sa.integrations.langgraph import store as langgraph_store
+from memstate_sa.integrations.langgraph import MemStateStore, store as langgraph_store
 from memstate_sa.testing import HashEmbedder
 
 Make = Callable[..., BaseStore]

@@ -1,4 +1,4 @@
-"""MemoryStore: facts for people without models, and everything they may do with them."""
+"""MemoryStore: committing, reading and undoing facts, its transactions, and schemas."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, Vali
 from sqlalchemy import Engine, create_engine, select, text
 from sqlalchemy.orm import Session
 
-import memstate_sa.store
 from memstate_sa import ConflictError, Fact, MemoryStore, MemstateError, MissingExtra, NotFound, ValidationFailed
 from memstate_sa.db.codec import encode_key
 from memstate_sa.db.tables import log, outbox, unique
-from memstate_sa.indexes import InMemoryIndex, VectorIndex
+from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.log.changes import replay
+from memstate_sa.store import parts
 from memstate_sa.testing import FlakyIndex, HashEmbedder
+from tests.adapters.store.facts import contents, note, opened
 from tests.support import Base, Tag, assert_index_holds, in_threads
 from tests.support.relays import eventually
 
@@ -48,23 +49,10 @@ class Event(BaseModel):
     where: str = Field(alias="location")
 
 
-def opened(engine: Engine | str, index: VectorIndex | None = None, **options: Any) -> MemoryStore:
-    options = {"background": False, **options}
-    return MemoryStore(engine, index or InMemoryIndex(), embedder=HashEmbedder(), **options)
-
-
 @pytest.fixture
 def store(engine: Engine) -> Iterator[MemoryStore]:
     with opened(engine) as made:
         yield made
-
-
-def note(content: str, **more: Any) -> Fact:
-    return Fact(type="note", payload={"content": content, **more})
-
-
-def contents(store: MemoryStore, **criteria: Any) -> list[str]:
-    return [fact.payload["content"] for fact in store.query(**criteria)]
 
 
 def ops(store: MemoryStore, id: str) -> list[str]:
@@ -76,7 +64,7 @@ def point_of(id: str) -> str:
 
 
 def assert_holds(store: MemoryStore, expected: dict[str, str]) -> None:
-    """Exactly these facts, by id, are in the index as these texts ("" for none); the rows are those of the log."""
+    """Assert that these facts, by id with their text ("": none), are all that index and log hold."""
     store.memory.relay(store.engine).drain()
     embedded = {point_of(id_): words for id_, words in expected.items() if words}
     assert_index_holds(store.memory.indexes["memory"], HashEmbedder(), embedded)
@@ -91,7 +79,7 @@ def assert_holds(store: MemoryStore, expected: dict[str, str]) -> None:
 
 
 def test_fact_stays_consistent_from_commit_to_delete(store: MemoryStore) -> None:
-    """Rows, log and index agree after every step; the history tells all of it, with its labels."""
+    """Rows, log and index agree after every call. The history has every change, with its labels."""
     id_ = store.commit(note("likes tea", sugar=True), actor="ada", reason="said so", session_id="s1")
     other = store.commit(note("likes rain"))
     assert_holds(store, {id_: "content: likes tea\nsugar: True", other: "content: likes rain"})
@@ -121,10 +109,10 @@ def test_fact_stays_consistent_from_commit_to_delete(store: MemoryStore) -> None
 
 
 def test_update_changes_nothing_but_the_payload(store: MemoryStore) -> None:
-    """It merges into the payload; a patch of anything else is refused, and changes nothing."""
+    """It merges into the payload. A patch of another column is refused, and changes nothing."""
     id_ = store.commit(note("likes tea"))
     for patch in ({"type": "x"}, {"payload": {"a": 1}, "id": "x"}, {"payload": "x"}, {}, None):
-        with pytest.raises(MemstateError, match=r"update takes \{'payload': \{…\}\}"):
+        with pytest.raises(MemstateError, match="Only its payload can change"):
             store.update(id_, patch)  # type: ignore[arg-type]
     store.update(id_, {"payload": {"content": None}})
     assert [c.after["payload"] for c in store.history(id_) if c.after] == [{"content": "likes tea"}, {"content": None}]
@@ -132,7 +120,7 @@ def test_update_changes_nothing_but_the_payload(store: MemoryStore) -> None:
 
 
 def test_concurrent_updates_are_all_merged(store: MemoryStore) -> None:
-    """Each reads what the one before has committed: no field is lost."""
+    """Each update reads the payload that the update before it committed. No field is lost."""
     id_ = store.commit(note("counts"))
     assert in_threads(8, lambda n: store.update(id_, {"payload": {f"field{n}": n}}) and None) == []
     fact = store.get(id_)
@@ -142,7 +130,7 @@ def test_concurrent_updates_are_all_merged(store: MemoryStore) -> None:
 
 
 def test_concurrent_deletes_are_one(store: MemoryStore) -> None:
-    """One deletes the fact, for the others there is none; the log has one delete, which rollback undoes."""
+    """One call deletes the fact, and the others raise NotFound. The log has one delete, which rollback undoes."""
     id_ = store.commit(note("likes tea"))
     errors = in_threads(6, lambda n: store.delete(id_) and None)
     assert [type(error) for error in errors] == [NotFound] * 5
@@ -152,15 +140,15 @@ def test_concurrent_deletes_are_one(store: MemoryStore) -> None:
 
 
 def test_given_id_is_kept_and_must_be_new(store: MemoryStore) -> None:
-    """It is kept; a second fact with it is a conflict, and the first stays."""
+    """A second fact with the same id is a conflict, and the first fact stays."""
     assert store.commit(Fact(id="mine", type="note", payload={"content": "first"})) == "mine"
-    with pytest.raises(ConflictError, match="a fact 'mine' already"):
+    with pytest.raises(ConflictError, match="Cannot add fact 'mine'"):
         store.commit(Fact(id="mine", type="note", payload={"content": "second"}))
     assert_holds(store, {"mine": "content: first"})
 
 
 def test_a_committed_fact_is_copied(store: MemoryStore) -> None:
-    """A fact that was read can be committed again under another id; the caller's object stays the caller's."""
+    """A Fact that was read can be committed again, under another id. The caller's object does not change."""
     first = store.get(store.commit(note("likes tea")))
     assert first is not None
     given = note("likes tea")
@@ -170,7 +158,7 @@ def test_a_committed_fact_is_copied(store: MemoryStore) -> None:
 
 
 def test_commit_model_stores_the_payload_as_json(store: MemoryStore) -> None:
-    """Stored as JSON under its registered type, aliases included; with fact_id it replaces the whole payload."""
+    """The type is the registered one, and fields have their aliases. fact_id replaces the whole payload."""
     store.register_schema("event", Event)
     store.register_schema("preference", Preference)
     id_ = store.commit_model(Event(on=date(2026, 1, 2), location="Graz"), actor="ada")
@@ -190,7 +178,7 @@ def test_commit_model_stores_the_payload_as_json(store: MemoryStore) -> None:
 
 
 class Split(BaseModel):
-    """Written under other names than it is read."""
+    """A model that is written under other names than it is read."""
 
     model_config = ConfigDict(extra="forbid")
     a: str = Field("default", validation_alias="in", serialization_alias="out")
@@ -212,7 +200,7 @@ class Around(BaseModel):
 
 
 def test_commit_model_writes_what_the_model_reads(store: MemoryStore) -> None:
-    """Whatever its aliases; with a field that its class excludes, and computed ones, left out."""
+    """The payload has the names that the model reads. Excluded and computed fields are left out."""
     store.register_schema("split", Split)
     model = Split(**{"in": "x", "second": "y", "c": "z", "secret": "s"})
     fact = store.get(store.commit_model(model))
@@ -222,7 +210,7 @@ def test_commit_model_writes_what_the_model_reads(store: MemoryStore) -> None:
 
 @pytest.mark.parametrize("model", [ByPath(list=["x"]), Around(split=Split(**{"in": "x"}))])
 def test_commit_model_refuses_values_that_change_on_reading(store: MemoryStore, model: BaseModel) -> None:
-    """Rather than storing a default in place of the value."""
+    """The model would read back a default in place of the value."""
     store.register_schema("model", type(model))
     with pytest.raises(ValidationFailed) as caught:
         store.commit_model(model)
@@ -238,7 +226,7 @@ def test_commit_model_refuses_values_that_change_on_reading(store: MemoryStore, 
     ],
 )
 def test_unique_by_looks_where_the_model_does(store: MemoryStore, by: str, payloads: list[dict[str, str]]) -> None:
-    """Under any name by which it is read, the first one first, and by which commit_model writes."""
+    """It looks under every name that the model reads, in their order, and under the name that commit_model writes."""
     store.register_schema("split", Split, unique_by=by)
     ids = {store.commit(Fact(type="split", payload=payload)) for payload in payloads}
     ids.add(store.commit_model(Split.model_validate(payloads[0])))
@@ -252,14 +240,14 @@ def test_unique_by_takes_no_path(store: MemoryStore) -> None:
 
 @pytest.mark.parametrize("call", ["update", "delete", "commit_model"])
 def test_unknown_id_raises_not_found(store: MemoryStore, call: str) -> None:
-    """NotFound with the id, and nothing written; get() says None, history() nothing."""
+    """The error names the id, and nothing is written. get() returns None, and history() an empty list."""
     store.register_schema("preference", Preference)
     calls: dict[str, Callable[[], Any]] = {
         "update": lambda: store.update("nope", {"payload": {"content": "x"}}),
         "delete": lambda: store.delete("nope"),
         "commit_model": lambda: store.commit_model(Preference(content="tea"), fact_id="nope"),
     }
-    with pytest.raises(NotFound, match="no fact 'nope'"):
+    with pytest.raises(NotFound, match="There is no fact 'nope'"):
         calls[call]()
     assert (store.get("nope"), store.history("nope")) == (None, [])
     assert_holds(store, {})
@@ -305,13 +293,13 @@ FOUND: dict[Any, list[str]] = {
 
 
 def test_filters_compare_json_values(store: MemoryStore) -> None:
-    """Of each JSON type, the same on both databases: nothing matches that would only cast to the value."""
+    """Both databases compare alike. A value of another JSON type never matches, even where a cast would."""
     with store.transaction():
         for name, field in VALUES.items():
             store.commit(Fact(type="note", payload={"content": name, "x": field}))
         store.commit(Fact(type="note", payload={"content": "absent"}))
     assert {value: contents(store, filters={"x": value}) for value in FOUND} == FOUND
-    # Equal to each other in Python, so not in one dict.
+    # These are equal to each other in Python, so one dict cannot have them all.
     for value, names in [(5.0, ["int"]), (1, ["one"]), (True, ["true"]), (0, ["zero"]), (False, ["false"])]:
         assert contents(store, filters={"x": value}) == names
         hits = store.search("anything", limit=20, filters={"x": value})
@@ -319,7 +307,7 @@ def test_filters_compare_json_values(store: MemoryStore) -> None:
 
 
 def test_filters_take_any_field_name(store: MemoryStore) -> None:
-    """Names that would need quoting in a JSON path, and several at once."""
+    """Some names need quotes in a JSON path. Several filters can be combined."""
     odd = ['a"b', "a.b", "$", "a'b", "[0]", "ä", "", "%s", ":x"]
     for name in odd:
         store.commit(Fact(type="note", payload={"content": name, name: 1, "both": 2}))
@@ -329,9 +317,9 @@ def test_filters_take_any_field_name(store: MemoryStore) -> None:
 
 
 def test_filters_that_no_payload_can_hold_are_refused(store: MemoryStore) -> None:
-    """A clear error instead of the driver's."""
+    """The error is ours, not the driver's."""
     for value in ([1], {"a": 1}, b"x", float("nan"), float("inf"), "a\x00b", "\ud800"):
-        with pytest.raises(MemstateError, match=r"filter '?x"):
+        with pytest.raises(MemstateError, match=r"Cannot filter by '?x"):
             store.query(filters={"x": value})
     for name in ("a\x00b", "\ud800", 5):
         with pytest.raises(MemstateError, match="filter"):
@@ -339,7 +327,7 @@ def test_filters_that_no_payload_can_hold_are_refused(store: MemoryStore) -> Non
 
 
 def test_query_filters_by_type_session_and_payload(store: MemoryStore) -> None:
-    """By type, session and payload, in any combination, oldest first."""
+    """The criteria can be combined. The oldest fact comes first."""
     for n, (kind, session_id) in enumerate([("note", "s1"), ("note", "s2"), ("tip", "s1"), ("note", "s1")]):
         store.commit(Fact(type=kind, payload={"content": f"c{n}", "even": n % 2 == 0}), session_id=session_id)
     assert contents(store) == ["c0", "c1", "c2", "c3"]
@@ -350,7 +338,7 @@ def test_query_filters_by_type_session_and_payload(store: MemoryStore) -> None:
 
 
 def test_search_returns_the_nearest_facts_within_its_filters(store: MemoryStore) -> None:
-    """Nearest first, within type, session, payload and distance; fresh unless told otherwise."""
+    """The nearest fact comes first. Type, session, payload and distance limit the hits. "fresh" is the default."""
     store.commit(note("green tea every morning", user="u1"), session_id="s1")
     store.commit(note("green tea", user="u2"), session_id="s2")
     store.commit(Fact(type="tip", payload={"content": "green tea is healthy", "user": "u1"}))
@@ -378,7 +366,7 @@ def test_search_returns_the_nearest_facts_within_its_filters(store: MemoryStore)
 
 
 def test_search_sees_the_open_transaction(store: MemoryStore) -> None:
-    """What the transaction wrote is found, what it deleted is not; after it failed, neither ever happened."""
+    """It finds the new facts of the transaction, and not the deleted ones. After a rollback, it finds the old facts."""
     kept = store.commit(note("old tea"))
     with pytest.raises(RuntimeError), store.transaction():
         store.commit(note("new tea"))
@@ -392,7 +380,7 @@ def test_search_sees_the_open_transaction(store: MemoryStore) -> None:
 
 
 def test_each_rollback_undoes_one_more_transaction(store: MemoryStore) -> None:
-    """The last transactions, newest first; each call walks on."""
+    """The newest transaction is undone first. A second call undoes the one before it."""
     a = store.commit(note("a1"))
     with store.transaction():
         store.update(a, {"payload": {"content": "a2"}})
@@ -407,7 +395,7 @@ def test_each_rollback_undoes_one_more_transaction(store: MemoryStore) -> None:
 
 
 def test_rollback_of_a_session_undoes_only_its_transactions(store: MemoryStore) -> None:
-    """Only its transactions count; where another session changed a fact since, nothing is undone."""
+    """Only the session's transactions count. Nothing is undone if another session changed one of the facts since."""
     a = store.commit(note("a"), session_id="s1")
     b = store.commit(note("b"), session_id="s2")
     store.update(a, {"payload": {"content": "a by s2"}}, session_id="s2")
@@ -422,7 +410,7 @@ def test_rollback_of_a_session_undoes_only_its_transactions(store: MemoryStore) 
 
 
 def test_promoted_facts_outlive_their_session(store: MemoryStore) -> None:
-    """The ephemeral facts that the selector picks outlive the session; the others go with it."""
+    """The selector chooses the facts that outlive the session. The other ephemeral facts are deleted with it."""
     ids = [store.commit(note(f"n{n}"), session_id="s1", ephemeral=True) for n in range(3)]
     durable = store.commit(note("durable"), session_id="s1")
     other = store.commit(note("other"), session_id="s2", ephemeral=True)
@@ -435,7 +423,7 @@ def test_promoted_facts_outlive_their_session(store: MemoryStore) -> None:
 
 
 def test_discard_session_can_be_undone(store: MemoryStore) -> None:
-    """It is a transaction like any other: facts and vectors come back, ephemeral as they were."""
+    """It is an ordinary transaction. Its undo brings back facts and vectors, and the facts are ephemeral again."""
     a = store.commit(note("a"), session_id="s1", ephemeral=True)
     b = store.commit(note("b"), session_id="s1", ephemeral=True)
     assert store.discard_session("s1") == [a, b]
@@ -449,7 +437,7 @@ def test_discard_session_can_be_undone(store: MemoryStore) -> None:
 
 
 def test_a_transaction_is_all_or_nothing(store: MemoryStore) -> None:
-    """Calls of every kind join it; it is one entry to rollback, or it never happened."""
+    """Calls of every kind join it. rollback undoes it as one step. If it fails, nothing of it is there."""
     a = store.commit(note("a"))
     e = store.commit(note("e"), session_id="s1", ephemeral=True)
     before = [c.id for c in store.history(a) + store.history(e)]
@@ -478,7 +466,7 @@ def test_a_transaction_is_all_or_nothing(store: MemoryStore) -> None:
 
 
 def test_a_refused_call_leaves_the_others(store: MemoryStore) -> None:
-    """Whoever catches its error goes on in the same transaction, without anything of that call."""
+    """When its error is caught, the same transaction goes on without the changes of that call."""
     store.register_schema("preference", Preference, immutable=True)
     store.register_schema("profile", Profile, unique_by="user")
     fixed = store.commit(Fact(type="preference", payload={"content": "tea"}))
@@ -504,7 +492,7 @@ def test_a_refused_call_leaves_the_others(store: MemoryStore) -> None:
 
 
 def test_a_call_that_failed_leaves_neither_facts_nor_labels(store: MemoryStore) -> None:
-    """Whoever catches its error goes on with the others."""
+    """When its error is caught, the other calls of the transaction go on."""
     with store.transaction(actor="ada"):
         with pytest.raises(RuntimeError), store.transaction(actor="bob", reason="try"):
             store.commit(note("bob's"))
@@ -515,7 +503,7 @@ def test_a_call_that_failed_leaves_neither_facts_nor_labels(store: MemoryStore) 
 
 
 def test_threads_have_transactions_of_their_own(store: MemoryStore) -> None:
-    """A call in another thread neither joins this thread's transaction nor sees it."""
+    """A call in another thread does not join this thread's transaction, and does not see its facts."""
     seen: list[Any] = []
 
     def other(work: Callable[[], Any]) -> None:
@@ -532,7 +520,7 @@ def test_threads_have_transactions_of_their_own(store: MemoryStore) -> None:
 
 
 async def test_a_transaction_across_an_await_belongs_to_its_task(store: MemoryStore) -> None:
-    """Another task of the loop is refused, rather than losing what it was told is committed; in a thread it waits."""
+    """A call of another task is refused: its fact would roll back with the block. In another thread, it waits."""
     begun, refused = asyncio.Event(), asyncio.Event()
 
     async def fails() -> None:
@@ -561,7 +549,7 @@ async def test_a_transaction_across_an_await_belongs_to_its_task(store: MemorySt
 
 
 def test_tasks_join_the_transaction_around_their_loop(store: MemoryStore) -> None:
-    """It is the thread's, not one of theirs."""
+    """The transaction belongs to the thread, and no task began it."""
 
     async def commit(content: str) -> str:
         return store.commit(note(content))
@@ -577,7 +565,7 @@ def test_tasks_join_the_transaction_around_their_loop(store: MemoryStore) -> Non
 
 
 async def test_transactions_of_two_stores_end_in_any_order(engine: Engine, tmp_path: Path) -> None:
-    """Each task's calls join its own, and nothing joins one that is over."""
+    """The calls of each task join its own transaction. No call joins a transaction that is over."""
     with opened(engine) as one, opened(f"sqlite:///{tmp_path / 'other.db'}") as two:
         second, first_ended = asyncio.Event(), asyncio.Event()
 
@@ -601,7 +589,7 @@ async def test_transactions_of_two_stores_end_in_any_order(engine: Engine, tmp_p
 
 
 def test_thread_joins_no_transaction_that_another_ended(store: MemoryStore) -> None:
-    """As frameworks do with generators: the thread that began it joins nothing that is over."""
+    """Frameworks end generators in other threads. The thread that began the transaction does not join it any more."""
     around = store.transaction()
     around.__enter__()
     first = store.commit(note("first"))
@@ -614,7 +602,7 @@ def test_thread_joins_no_transaction_that_another_ended(store: MemoryStore) -> N
 
 
 def test_validation_errors_are_pydantics(store: MemoryStore) -> None:
-    """The error list says field and rule, nothing is written by any call, and what was there stays."""
+    """The list of errors has field and rule. No call writes anything, and the old fact stays."""
     store.register_schema("preference", Preference)
     id_ = store.commit(Fact(type="preference", payload={"content": "tea", "strength": 3}))
     broken = Preference.model_construct(content="x", strength=11)
@@ -637,7 +625,7 @@ def test_validation_errors_are_pydantics(store: MemoryStore) -> None:
 
 
 def test_nothing_is_sent_for_an_invalid_fact(store: MemoryStore) -> None:
-    """Log and outbox stay empty, too."""
+    """Log and outbox stay empty too."""
     store.register_schema("preference", Preference)
     with pytest.raises(ValidationFailed):
         store.commit(Fact(type="preference", payload={}))
@@ -646,36 +634,36 @@ def test_nothing_is_sent_for_an_invalid_fact(store: MemoryStore) -> None:
             assert connection.execute(select(table)).all() == []
 
 
-WRONG = [
-    ("type", Fact(type="", payload={})),
-    ("type", Fact(type="x" * 129, payload={})),
-    ("type", Fact(type=5, payload={})),
-    ("type", Fact(payload={})),
-    ("type", Fact(type="a\x00b", payload={})),
-    ("payload", Fact(type="note")),
-    ("payload", Fact(type="note", payload=[1])),
-    ("payload", Fact(type="note", payload="x")),
-    ("payload", Fact(type="note", payload={"x": object()})),
-    ("payload", Fact(type="note", payload={"x": float("nan")})),
-    ("id", Fact(id="x" * 65, type="note", payload={})),
-    ("id", Fact(id=5, type="note", payload={})),
-    ("id", Fact(id="", type="note", payload={})),
-    ("session_id", Fact(type="note", payload={}, session_id=5)),
-    ("session_id", Fact(type="note", payload={}, session_id="a\x00")),
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("type", {"type": ""}),
+    ("type", {"type": "x" * 129}),
+    ("type", {"type": 5}),
+    ("type", {"type": None}),
+    ("type", {"type": "a\x00b"}),
+    ("payload", {"payload": None}),
+    ("payload", {"payload": [1]}),
+    ("payload", {"payload": "x"}),
+    ("payload", {"payload": {"x": object()}}),
+    ("payload", {"payload": {"x": float("nan")}}),
+    ("id", {"id": "x" * 65}),
+    ("id", {"id": 5}),
+    ("id", {"id": ""}),
+    ("session_id", {"session_id": 5}),
+    ("session_id", {"session_id": "a\x00"}),
 ]
 
 
 def test_facts_of_wrong_shape_are_refused(store: MemoryStore) -> None:
-    """Refused by both databases alike, with the field at fault."""
-    for field, fact in WRONG:
+    """Both databases refuse them alike. The error names the field."""
+    for field, values in WRONG:
         with pytest.raises(ValidationFailed) as caught:
-            store.commit(fact)
+            store.commit(Fact(**{"type": "note", "payload": {}, **values}))
         assert [e["loc"] for e in caught.value.errors] == [(field,)]
     assert_holds(store, {})
 
 
 def test_strict_types_refuse_unknown_fact_types(engine: Engine) -> None:
-    """With it only registered types may be remembered; without it any may."""
+    """With strict_types, a fact needs a registered type. Without it, any type is allowed."""
     with opened(engine, strict_types=True) as store:
         store.register_schema("preference", Preference)
         known = store.commit(Fact(type="preference", payload={"content": "tea"}))
@@ -688,10 +676,10 @@ def test_strict_types_refuse_unknown_fact_types(engine: Engine) -> None:
 
 
 def test_immutable_fact_cannot_be_changed(store: MemoryStore) -> None:
-    """Such a fact can be added, promoted, deleted and restored, not changed."""
+    """Such a fact can be added, promoted, deleted and restored, but not changed."""
     store.register_schema("preference", Preference, immutable=True)
     id_ = store.commit(Fact(type="preference", payload={"content": "tea"}), session_id="s1", ephemeral=True)
-    with pytest.raises(ConflictError, match="immutable: delete it and add another"):
+    with pytest.raises(ConflictError, match=r"it is immutable\. Delete it and add another"):
         store.update(id_, {"payload": {"content": "coffee"}})
     with pytest.raises(ConflictError, match="immutable"):
         store.commit_model(Preference(content="coffee"), fact_id=id_)
@@ -705,7 +693,7 @@ def test_immutable_fact_cannot_be_changed(store: MemoryStore) -> None:
 
 
 def test_register_schema_says_what_is_wrong(store: MemoryStore) -> None:
-    """A model class, fields that it has, a type that can be stored."""
+    """The model must be a class, must have the fields, and the type must be text that both databases hold."""
     for wrong in (dict, Preference(content="tea"), None, "Preference"):
         with pytest.raises(MemstateError, match="not a Pydantic model class"):
             store.register_schema("preference", wrong)  # type: ignore[arg-type]
@@ -719,7 +707,7 @@ def test_register_schema_says_what_is_wrong(store: MemoryStore) -> None:
 
 
 def test_committing_what_exists_updates_it(store: MemoryStore) -> None:
-    """By the fields that must be unique together; None among them is equal to nothing."""
+    """The unique fields decide together. A fact with None in one of them is never the same as another."""
     store.register_schema("profile", Profile, unique_by="user")
     store.register_schema("event", Event, unique_by=("on", "where"))
     first = store.commit(Fact(type="profile", payload={"user": "u1", "city": "Graz"}))
@@ -745,7 +733,7 @@ def test_committing_what_exists_updates_it(store: MemoryStore) -> None:
 
 
 def test_sixteen_writers_of_one_unique_value_share_one_fact(store: MemoryStore) -> None:
-    """One inserts, the others update that fact; none fails, and all get its id."""
+    """One writer inserts the fact, and the others update it. No call fails, and all get its id."""
     store.register_schema("profile", Profile, unique_by="user")
     ids: list[str] = []
 
@@ -764,7 +752,7 @@ def test_sixteen_writers_of_one_unique_value_share_one_fact(store: MemoryStore) 
 
 
 def test_a_deleted_value_is_free_and_rollback_takes_it_again(store: MemoryStore) -> None:
-    """Undoing the delete makes it taken; while another fact holds it, the delete cannot be undone."""
+    """The undo of the delete takes the value again. It is a conflict while another fact has the value."""
     store.register_schema("profile", Profile, unique_by="user")
     first = store.commit(Fact(type="profile", payload={"user": "u1", "city": "Graz"}))
     store.delete(first)
@@ -784,7 +772,7 @@ def test_a_deleted_value_is_free_and_rollback_takes_it_again(store: MemoryStore)
 
 
 def test_update_into_a_taken_value_is_a_conflict(store: MemoryStore) -> None:
-    """Two facts are not merged behind the caller's back; both stay as they were."""
+    """The two facts are not merged. Both stay as they were."""
     store.register_schema("profile", Profile, unique_by="user")
     u1, u2 = (store.commit(Fact(type="profile", payload={"user": user})) for user in ("u1", "u2"))
     with pytest.raises(ConflictError, match="same value of unique_by"):
@@ -805,7 +793,7 @@ LONG = "".join(chr(0x4E00 + n * 7919 % 20000) for n in range(9000))  # no compre
     "value", [1e16, 1e300, -0.0, 0.1 + 0.2, 2**70, True, "ä☕", LONG, [1.0, {"b": 2e20}]], ids=shortly
 )
 def test_unique_values_of_any_kind_stay_unique(store: MemoryStore, value: Any) -> None:
-    """JSONB writes some numbers differently, and an index takes no long text: still one fact each."""
+    """JSONB writes some numbers differently, and a database index takes no long text. Each value still has one fact."""
 
     class Anything(BaseModel):
         x: Any
@@ -819,7 +807,7 @@ def test_unique_values_of_any_kind_stay_unique(store: MemoryStore, value: Any) -
 
 
 def test_a_durable_fact_takes_over_an_ephemeral_one(store: MemoryStore) -> None:
-    """It stays when the ephemeral one's session is discarded, and is a fact of the session that committed it."""
+    """It belongs to the session that committed it last. It stays when the ephemeral session is discarded."""
     store.register_schema("profile", Profile, unique_by="user", immutable=True)
     mine, nobodys = Fact(type="profile", payload={"user": "u1"}), Fact(type="profile", payload={"user": "u2"})
     ids = [store.commit(fact, session_id="s1", ephemeral=True) for fact in (mine, nobodys)]
@@ -832,13 +820,13 @@ def test_a_durable_fact_takes_over_an_ephemeral_one(store: MemoryStore) -> None:
 @pytest.mark.parametrize("holder", ["durable", "ephemeral in session 's1'"])
 @pytest.mark.parametrize("ttl", [None, timedelta(minutes=1)])
 def test_an_ephemeral_fact_replaces_its_own_kind_alone(store: MemoryStore, holder: str, ttl: timedelta | None) -> None:
-    """A durable one, and that of another session, keep their payload, their session and their life."""
+    """A durable fact, and one of another session, keep payload, session and expiry."""
     store.register_schema("profile", Profile, unique_by="user")
     ephemeral = holder != "durable"
     held = Fact(type="profile", payload={"user": "u1", "city": "Rome"})
     id_ = store.commit(held, session_id="s1", ephemeral=ephemeral)
     other = Fact(type="profile", payload={"user": "u1", "city": "Oslo"})
-    with pytest.raises(ConflictError, match=f"fact '{id_}' has the same unique values, and is {holder}"):
+    with pytest.raises(ConflictError, match=f"has the same unique values, and is {holder}"):
         store.commit(other, session_id="s2", ephemeral=True, ttl=ttl)
     [found] = store.query("profile")
     assert (found.payload["city"], found.session_id, found.expires_at) == ("Rome", "s1", None)
@@ -849,7 +837,7 @@ def test_an_ephemeral_fact_replaces_its_own_kind_alone(store: MemoryStore, holde
 
 @pytest.mark.parametrize("ephemeral", [False, True])
 def test_expired_fact_does_not_block_its_unique_value(store: MemoryStore, ephemeral: bool) -> None:
-    """Swept or not: what comes after it is another fact, also of what may not be changed."""
+    """The new fact has another id, whether the old one is swept or not. This holds for immutable types too."""
     store.register_schema("profile", Profile, unique_by="user", immutable=True)
     past = datetime(2000, 1, 1, tzinfo=UTC)
     old = store.commit(Fact(type="profile", payload={"user": "u1"}, expires_at=past), session_id="s1")
@@ -860,7 +848,7 @@ def test_expired_fact_does_not_block_its_unique_value(store: MemoryStore, epheme
 
 
 def test_the_last_commit_says_how_long_a_fact_lives(store: MemoryStore) -> None:
-    """A durable one may shorten, or prolong, a durable one's life."""
+    """A durable fact can shorten or prolong the life of a durable fact."""
     store.register_schema("profile", Profile, unique_by="user")
     for ttl in (None, timedelta(minutes=1), None):
         store.commit(Fact(type="profile", payload={"user": "u1"}), ttl=ttl)
@@ -872,7 +860,7 @@ def test_the_last_commit_says_how_long_a_fact_lives(store: MemoryStore) -> None:
 
 
 def test_facts_are_usable_after_close(engine: Engine) -> None:
-    """Facts are detached and complete, whether read alone, in a transaction or as hits."""
+    """Facts are detached and complete: those of get() and query(), those of a transaction, and those of hits."""
     with opened(engine) as store:
         id_ = store.commit(note("likes tea"), session_id="s1")
         with store.transaction():
@@ -890,13 +878,13 @@ def test_facts_are_usable_after_close(engine: Engine) -> None:
 
 
 def test_a_closed_store_says_so(engine: Engine) -> None:
-    """Closing twice does no harm; the caller's engine stays open."""
+    """Closing twice does no harm. The caller's engine stays open."""
     store = opened(engine)
     id_ = store.commit(note("likes tea"))
     store.close()
     store.close()
     for call in (lambda: store.commit(note("x")), lambda: store.get(id_), store.query, lambda: store.search("tea")):
-        with pytest.raises(MemstateError, match="this MemoryStore is closed"):
+        with pytest.raises(MemstateError, match="This MemoryStore is closed"):
             call()
     with engine.connect() as connection:
         assert connection.scalars(select(Fact.id)).all() == [id_]
@@ -907,7 +895,7 @@ def relay_threads() -> set[threading.Thread]:
 
 
 def test_a_relay_runs_in_the_background(engine: Engine) -> None:
-    """From the URL alone: what is committed reaches the index by itself, and closing ends the thread."""
+    """A URL is enough. Committed facts reach the index by themselves, and close() ends the thread."""
     url = engine.url.render_as_string(hide_password=False)
     index, before = InMemoryIndex(), relay_threads()
     with MemoryStore(url, index, embedder=HashEmbedder()) as store:
@@ -925,7 +913,7 @@ def test_a_relay_runs_in_the_background(engine: Engine) -> None:
 
 
 def test_facts_outlive_the_store(engine: Engine) -> None:
-    """The next store delivers what was left, finds what is unique, and undoes what the last one did."""
+    """The next store delivers the pending facts, knows their unique values, and undoes their transactions."""
     with opened(engine) as store:
         store.register_schema("profile", Profile, unique_by="user")
         id_ = store.commit(Fact(type="profile", payload={"user": "u1", "city": "Graz"}))
@@ -938,7 +926,7 @@ def test_facts_outlive_the_store(engine: Engine) -> None:
 
 
 def test_postgresql_url_without_driver_uses_psycopg(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """psycopg is meant, whatever the scheme is called; without it the error names the extra."""
+    """Every PostgreSQL scheme uses psycopg. When it is not installed, the error names the extra."""
     url = postgres_engine.url.render_as_string(hide_password=False).partition("://")[2]
     for scheme in ("postgresql", "postgres", "postgresql+psycopg"):
         with opened(f"{scheme}://{url}") as store:
@@ -954,7 +942,7 @@ def test_postgresql_url_without_driver_uses_psycopg(postgres_engine: Engine, mon
 
 
 def test_store_takes_an_async_engine(engine: Engine) -> None:
-    """The store is synchronous: it works on the same database through a sync engine of its own."""
+    """The store is synchronous. It uses a sync engine of its own, on the same database."""
     asyncio = pytest.importorskip("sqlalchemy.ext.asyncio")
     driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}[engine.dialect.name]
     with opened(asyncio.create_async_engine(engine.url.set(drivername=driver))) as store:
@@ -970,7 +958,7 @@ def test_store_takes_an_async_engine(engine: Engine) -> None:
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
 def test_in_memory_drains_after_each_commit(url: str) -> None:
-    """No thread: when the call returns, the index has it; within a transaction only at its end."""
+    """There is no thread. The index has the fact when the call returns, or when the transaction ends."""
     index, before = InMemoryIndex(), relay_threads()
     with MemoryStore(url, index, embedder=HashEmbedder()) as store:
 
@@ -995,7 +983,7 @@ def test_in_memory_drains_after_each_commit(url: str) -> None:
 
 
 def test_in_memory_store_without_background_delivers_nothing() -> None:
-    """Nothing is delivered that nobody asked for."""
+    """Only a relay of the caller delivers."""
     index = InMemoryIndex()
     with opened("sqlite://", index) as store:
         id_ = store.commit(note("likes tea"))
@@ -1005,7 +993,7 @@ def test_in_memory_store_without_background_delivers_nothing() -> None:
 
 @pytest.mark.deep
 def test_in_memory_is_thread_safe() -> None:
-    """All threads share one connection: each waits for the others' transactions, and fails alone."""
+    """All threads share one connection. Each waits for the transactions of the others, and fails alone."""
     with opened("sqlite://", background=True) as store:
 
         def work(n: int) -> None:
@@ -1029,8 +1017,8 @@ def test_in_memory_is_thread_safe() -> None:
 
 
 def test_in_memory_commit_stands_while_the_index_is_down(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    """The commit stands, says in the log that it is not delivered, and the next one delivers both."""
-    monkeypatch.setattr(memstate_sa.store, "_DRAIN_TIMEOUT_S", 0.0)
+    """A log line tells that the fact is not delivered. The next commit delivers both facts."""
+    monkeypatch.setattr(parts, "DRAIN_TIMEOUT_S", 0.0)
     index = FlakyIndex(InMemoryIndex(), rate=0, partial=False)
     with opened("sqlite://", index, background=True) as store:
         index.rate = 1
@@ -1049,7 +1037,7 @@ def test_in_memory_commit_stands_while_the_index_is_down(monkeypatch: pytest.Mon
 
 
 def test_in_memory_commit_stands_while_a_table_is_missing(caplog: Any) -> None:
-    """What was committed is committed, and delivered as soon as all can be read."""
+    """The fact is committed. It is delivered as soon as all tracked tables can be read."""
     index = InMemoryIndex()
     with opened("sqlite://", index, background=True) as store:
         store.memory.track(Tag, text="meaning")
@@ -1065,7 +1053,7 @@ def test_in_memory_commit_stands_while_a_table_is_missing(caplog: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore::memstate_sa.db.sqlite.SavepointWarning")
 def test_plain_sqlite_engine_has_whole_transactions(tmp_path: Path) -> None:
-    """Not configured by sqlite.configure(): transactions are still all or nothing."""
+    """Even without sqlite.configure(), a transaction is all or nothing."""
     engine = create_engine(f"sqlite:///{tmp_path / 'plain.db'}")
     with opened(engine) as store:
         store.register_schema("profile", Profile, unique_by="user")
@@ -1092,9 +1080,9 @@ def test_plain_sqlite_engine_has_whole_transactions(tmp_path: Path) -> None:
     ids=["in a list", "array", "object", "nan", "as a name"],
 )
 def test_payload_that_is_no_json_is_named(store: MemoryStore, payload: dict[str, Any], told: str) -> None:
-    """By its keys and its type, in a commit and in an update.
+    """The error has its path and its type, for a commit and for an update.
 
-    The same kind: a function, a complex number, a lone surrogate, a payload that contains itself.
+    The test has one case of each kind, and a payload that contains itself.
     """
     kept = store.commit(Fact(type="note", payload={"content": "x"}))
     for change in (
@@ -1111,7 +1099,7 @@ def test_payload_that_is_no_json_is_named(store: MemoryStore, payload: dict[str,
 
 
 def test_payload_takes_what_pydantic_takes_as_json(store: MemoryStore) -> None:
-    """A date as its ISO text, a Decimal as its digits, a set as a list; filters and updates take the same."""
+    """A date becomes ISO text, a Decimal its digits, a set a list. Filters and updates take the same values."""
     at = datetime(2026, 1, 2, 3, tzinfo=UTC)
     given = {"content": "x", "at": at, "price": Decimal("1.50"), "tags": {"a"}, "id": UUID(int=1), "n": np.float64(0.5)}
     kept = store.commit(Fact(type="note", payload=given))

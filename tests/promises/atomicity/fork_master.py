@@ -14,8 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import create_engine
-from sqlalchemy import select as sql_select
+from sqlalchemy import create_engine, select as sql_select
 
 from memstate_sa import Fact, MemoryStore, sqlite
 from memstate_sa.db.tables import holder
@@ -45,7 +44,7 @@ def say(world: World, name: str) -> None:
     with world.session() as session:
         session.add(Tag(name=name, meaning="x"))
         session.commit()
-        world.memory.wait(session) if world.relay._running else None
+        world.memory.wait(session) if world.relay.is_running else None
 
 
 def relay(url: str) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_relay_started_while_a_drain_ends_keeps_running(world: World) -> None:
     relay.drain()
     relay.stop = stop  # type: ignore[method-assign]
     starting.join()
-    assert relay._running
+    assert relay.is_running
     say(world, a="x")
     with world.session() as session:
         session.get_one(Tag, "a").meaning = "y"

@@ -33,8 +33,7 @@ from memstate_sa.db.codec import encode_key
 from memstate_sa.db.tables import log, outbox, transaction, unique
 from memstate_sa.log.changes import replay
 from tests.support import Person, Tag, World, apps
-from tests.support.preferences import Base as PreferenceBase
-from tests.support.preferences import Preference, PreferenceSchema
+from tests.support.preferences import Base as PreferenceBase, Preference, PreferenceSchema
 from tests.support.tags import say, tags
 
 pytestmark = pytest.mark.sa20

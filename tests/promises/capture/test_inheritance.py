@@ -478,7 +478,7 @@ def test_track_explains_its_refusals() -> None:
         memory.track(Employee, text="name", capture="trigger")
     both = Memory(InMemoryIndex(), embedder=HashEmbedder())
     both.track(Engineer, text="name")
-    with pytest.raises(MemstateError, match="already tracked, by Engineer"):
+    with pytest.raises(MemstateError, match="Engineer tracks table employee already"):
         both.track(Employee, text="name")
 
 

@@ -18,8 +18,7 @@ from memstate_sa.capture import triggers
 from memstate_sa.capture.append_only import rewriting
 from memstate_sa.capture.captured_tables import CapturedTable, captured_in
 from memstate_sa.db import functions
-from memstate_sa.db.tables import log, outbox, trigger_context
-from memstate_sa.db.tables import transaction as transactions
+from memstate_sa.db.tables import log, outbox, transaction as transactions, trigger_context
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.migrations import VERSION_TABLE, __main__
 from memstate_sa.testing import HashEmbedder

@@ -18,8 +18,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from memstate_sa import MemstateError, sqlite
-from memstate_sa.db.tables import backfill as ranges
-from memstate_sa.db.tables import log
+from memstate_sa.db.tables import backfill as ranges, log
 from memstate_sa.maintenance import backfill
 from tests.support import PATIENCE_S, WAITING_FOR_A_LOCK, Note, Person, Tag, World, explore, in_threads, sizes
 from tests.support.apps import make_app

@@ -487,11 +487,11 @@ def test_impossible_arguments_are_refused(shop: Shop) -> None:
     """Arguments that are impossible raise clear errors."""
     indexes = {"a": InMemoryIndex(), "b": InMemoryIndex(), "c": InMemoryIndex()}
     one = HashEmbedder()
-    with pytest.raises(MemstateError, match=r"give one for each index: a, b, c"):
+    with pytest.raises(MemstateError, match=r"Give one for each index: a, b, c"):
         Memory(indexes, embedder={"a": one})
-    with pytest.raises(MemstateError, match=r"embedder='a': give an Embedder"):
+    with pytest.raises(MemstateError, match=r"embedder='a'\. Give an Embedder"):
         Memory(indexes, embedder="a")  # type: ignore[arg-type]
-    with pytest.raises(MemstateError, match=r"embedder=3: give an Embedder"):
+    with pytest.raises(MemstateError, match=r"embedder=3\. Give an Embedder"):
         Memory(indexes, embedder={"a": one, "b": 3, "c": one})  # type: ignore[dict-item]
     with pytest.raises(MemstateError, match=r"Unknown index 'x' in successors="):
         Memory(indexes, embedder=one, successors={"a": "x"})

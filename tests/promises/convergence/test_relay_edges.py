@@ -474,15 +474,15 @@ def test_a_database_that_was_away_is_not_asked_all_the_time(engine: Engine) -> N
     event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
     relay = world.memory.relay(engine, policy=RetryPolicy(delay_s=0.01), poll_s=(0.05, 5.0))
     delivery, failed = relay._workers[0].delivery, threading.Event()
-    step = delivery.step
+    deliver = delivery.deliver
 
     def fail_once() -> Any:
         if not failed.is_set():
             failed.set()
             raise RuntimeError("away")
-        return step()
+        return deliver()
 
-    delivery.step = fail_once  # type: ignore[method-assign]
+    delivery.deliver = fail_once  # type: ignore[method-assign]
     with relay:
         assert failed.wait(60)
         time.sleep(0.3)

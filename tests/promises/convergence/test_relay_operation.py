@@ -18,8 +18,18 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, MemstateError
 from memstate_sa.capture.append_only import rewriting
-from memstate_sa.db.tables import cursor, holder, index_state, ledger, log, metadata, outbox, parked, utcnow
-from memstate_sa.db.tables import transaction as header
+from memstate_sa.db.tables import (
+    cursor,
+    holder,
+    index_state,
+    ledger,
+    log,
+    metadata,
+    outbox,
+    parked,
+    transaction as header,
+    utcnow,
+)
 from memstate_sa.indexes import InMemoryIndex, Point
 from memstate_sa.log.positions import slot_of
 from memstate_sa.relay import Relay, Retention, RetryPolicy, waiting
@@ -228,7 +238,7 @@ def test_a_call_that_timed_out_may_land_after_the_retry(engine: Engine) -> None:
 
     index.upsert = time_out  # type: ignore[method-assign]
     say(world, a="second")
-    _, failure = relay._step()  # like a relay's thread: run_once() would release the claim
+    _, failure = relay._deliver_once()  # like a relay's thread: run_once() would release the claim
     assert isinstance(failure, DeliveryRetryable)
     say(world, a="third")
     assert relay.run_once() == 1
@@ -267,7 +277,7 @@ def test_settling_does_not_embed_again(engine: Engine) -> None:
     world.embedder.embed = lambda texts: embedded.extend(texts) or embed(texts)  # type: ignore[method-assign,assignment,func-returns-value]
     say(world, b="y", c="z")
     dying = world.memory.relay(engine)
-    dying._workers[0].step()
+    dying._workers[0].deliver()
     dying._workers[0].delivery.slot_worker.reset()
     with engine.begin() as connection:  # the position was not recorded
         first = connection.scalar(select(func.min(outbox.c.id)))

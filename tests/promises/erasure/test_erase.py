@@ -591,8 +591,8 @@ def test_erase_explains_its_refusals(world: World) -> None:
         cases: list[tuple[type[Any], Any, type[Exception], str]] = [
             (Tag, "unknown", NotFound, "Cannot erase 'unknown': neither tag nor its history has"),
             (Person, "no number", NotFound, "person"),
-            (Note, "t", MemstateError, "keyed by topic, number"),
-            (Note, ("t", 1, 2), MemstateError, "keyed by topic, number"),
+            (Note, "t", MemstateError, "the primary key of note is topic, number"),
+            (Note, ("t", 1, 2), MemstateError, "the primary key of note is topic, number"),
             (Note, ("t", 1), NotFound, "note"),
             (Nobody, 1, MemstateError, "not tracked"),
             (Base, 1, MemstateError, "not tracked"),
@@ -661,7 +661,7 @@ def test_an_in_memory_database_is_purged_of_its_index_only() -> None:
     accounts.tell("secret")
     with accounts.sessions() as session:
         accounts.memory.erase(session, Account, 1)
-        with pytest.raises(MemstateError, match="a transaction is open on the only connection"):
+        with pytest.raises(MemstateError, match="a transaction is open on its only connection"):
             accounts.memory.purge(engine)
         session.commit()
     accounts.memory.purge(engine)

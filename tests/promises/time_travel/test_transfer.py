@@ -357,8 +357,10 @@ def test_a_broken_file_is_refused_as_a_whole(world: World) -> None:
     assert refused(world, file[:-60]).startswith(f"line {count - 1}: Invalid JSON")
     assert refused(world, "".join(file.splitlines(keepends=True)[:-1])).startswith(f"line {count}: ")
     assert refused(world, file.replace(file.splitlines(keepends=True)[first], "")).startswith(f"line {count - 1}: ")
-    assert refused(world, file + file.splitlines(keepends=True)[first]).startswith(f"line {count + 1}: after the end")
-    assert refused(world, file[:-1] + "\n" + file) == f"line {count + 1}: after the end"
+    assert refused(world, file + file.splitlines(keepends=True)[first]).startswith(
+        f"line {count + 1}: it follows the closing line"
+    )
+    assert refused(world, file[:-1] + "\n" + file) == f"line {count + 1}: it follows the closing line"
     assert refused(world, changed(file, 2, line="header")).startswith("line 2: ")
     assert refused(world, changed(file, 2, line="picture")).startswith("line 2: ")
     for values in (

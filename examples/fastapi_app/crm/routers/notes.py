@@ -1,4 +1,4 @@
-"""Notes: of a user, for nobody else."""
+"""Notes: each belongs to one user, and only that user sees it."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any

@@ -1,4 +1,4 @@
-"""What the memory is for: notes and contacts by their meaning, undo, and the history of a note."""
+"""The endpoints of the memory: notes and contacts by their meaning, undo, and the history of a note."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,7 +34,7 @@ class ContactHit(FromRow):
 
 
 class Changed(FromRow):
-    """What was changed, and not to what: a contact that is undone brings back everybody's notes about it."""
+    """A change, without its values: an undone contact brings back the notes of all users about it."""
 
     entity: str
     key: Any
@@ -55,7 +55,7 @@ class Conflict(BaseModel):
 
 @router.get("/search/notes", response_model=list[NoteHit])
 async def search_notes(question: Question, session: DatabaseSession, mine: MyNotes, limit: Limit = 5) -> Any:
-    """The same select() as everywhere says whose notes these are: a hit is a row of it, or none."""
+    """Search with the select() that lists the caller's notes: each hit is a row of it."""
     return await memory.asearch(session, question, mine, limit=limit)
 
 
@@ -71,9 +71,9 @@ async def undo(
     steps: Annotated[int, Query(ge=1, le=20)] = 1,
     session_id: str | None = None,
 ) -> Any:
-    """Undo what the caller's last request changed (or *steps* requests; or of those with one X-Session-ID)."""
+    """Undo the last request of the caller, or several (*steps*), or only requests with one X-Session-ID."""
     try:
-        changes = await session.run_sync(memory.rollback, steps, actor=actor_of(user), session_id=session_id)
+        changes = await memory.arollback(session, steps, actor=actor_of(user), session_id=session_id)
     except ConflictError as error:
         facts = sorted({f"{change.entity} {change.key}" for change in error.changes})
         raise HTTPException(status.HTTP_409_CONFLICT, Conflict(facts=facts).model_dump()) from error
@@ -83,10 +83,10 @@ async def undo(
 
 @router.get("/notes/{note_id}/history", response_model=list[NoteChange])
 async def read_history(note_id: int, session: DatabaseSession, user: CurrentUser) -> Any:
-    """What happened to a note while it was the caller's, deleted ones too.
+    """The changes of a note while it belonged to the caller. The note may be deleted.
 
-    Both ends of each change are looked at: SQLite gives the id of a deleted note to the next one, which may be somebody
-    else's, and an owner may change.
+    We look at both ends of each change. SQLite gives the id of a deleted note to the next one, which may belong to
+    another user. And an owner may change.
     """
 
     def mine(image: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -96,7 +96,7 @@ async def read_history(note_id: int, session: DatabaseSession, user: CurrentUser
         session_id = change.session_id if change.actor == actor_of(user) else None
         return replace(change, before=mine(change.before), after=mine(change.after), session_id=session_id)
 
-    changes = map(seen, await session.run_sync(memory.history, Note, note_id))
+    changes = map(seen, await memory.ahistory(session, Note, note_id))
     found = [change for change in changes if change.before or change.after]
     if not found:
         raise HTTPException(status.HTTP_404_NOT_FOUND, "no such note")

@@ -1,0 +1,145 @@
+"""How objects look in a terminal and in a notebook. A look asks no database."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from memstate_sa import Change, Diagnosis, DriftReport, Hit, Hits, Memory, sqlite
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.log.changes import Changes
+from memstate_sa.maintenance.doctor import Problem
+from memstate_sa.relay.backlog import Backlog
+from memstate_sa.relay.progress import reporting
+from memstate_sa.search.hits import Incomplete
+from memstate_sa.testing import HashEmbedder
+from memstate_sa.undo.undo import Revocation
+from tests.support.apps import App
+
+SCRIPT = "<script>alert(1)</script>"
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Tip(Base):
+    __tablename__ = "tip"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+def change(before: Any = None, after: Any = None, **values: Any) -> Change:
+    op = "delete" if after is None else "insert" if before is None else "update"
+    return Change(12, "tx", "tip", 7, op, before, after, datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), **values)
+
+
+UPDATE = change({"text": "old", "n": 1, "same": 0}, {"text": "new", "n": None, "same": 0}, actor="ann", reverts="first")
+
+
+def test_changed_is_the_columns_that_differ() -> None:
+    assert UPDATE.changed == {"text": ("old", "new"), "n": (1, None)}
+    assert change(None, {"text": "new"}).changed == {"text": (None, "new")}
+    assert change({"text": "old", "n": None}).changed == {"text": ("old", None), "n": (None, None)}
+    assert change({"text": "old"}, {"text": "old", "added": None}).changed == {"added": (None, None)}
+
+
+@pytest.mark.parametrize(
+    ("subject", "text"),
+    [
+        (UPDATE, "<Change [update tip 7 | text='old' → 'new', n=1 → None | by ann | undoes first]>"),
+        (change(None, {"text": "new"}), "<Change [insert tip 7 | text='new']>"),
+        (change({"text": "x" * 100}), f"<Change [delete tip 7 | text='{'x' * 38}…]>"),
+        (Hit(Tip(id=7, text="green tea"), 0.1234), "<Hit [0.123 | Tip id=7, text='green tea']>"),
+        (Hits(), "<Hits [0 hits | complete]>"),
+        (
+            Hits([Hit("fact", 0.5)], [Incomplete.FILLING, Incomplete.UNAVAILABLE]),
+            f"<Hits [1 hits | incomplete: {Incomplete.FILLING}, {Incomplete.UNAVAILABLE} | <Hit [0.500 | 'fact']>]>",
+        ),
+        (
+            Backlog(3, 61.2, 1, 0, 2, refilling=True),
+            "<Backlog [3 pending, the oldest for 61 s | 1 parked, 0 due, 2 dead | refilling]>",
+        ),
+        (Backlog(0, None, 0, 0, 0, refilling=False), "<Backlog [0 pending | 0 parked, 0 due, 0 dead]>"),
+        (DriftReport(checked=9), "<DriftReport [clean | 9 checked]>"),
+        (
+            DriftReport(9, ghost=[("tip", 1)], pending=[("tip", 2)]),
+            "<DriftReport [not clean | 9 checked | 1 ghost, 1 pending]>",
+        ),
+        (Diagnosis(checked=9), "<Diagnosis [healthy | 9 checked]>"),
+        (Diagnosis(9, {Tip: 3}, [("tip", 1)]), "<Diagnosis [not healthy | 9 checked | 1 changed, 3 unlogged]>"),
+        (Revocation([UPDATE], [UPDATE, UPDATE]), "<Revocation [1 reverted | 2 kept, 0 in conflict]>"),
+        (Memory(), "<Memory [no index]>"),
+        (Memory(InMemoryIndex(), embedder=HashEmbedder()), "<Memory [memory: InMemoryIndex]>"),
+        (InMemoryIndex(), "<InMemoryIndex [0 points | not open]>"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_a_repr_is_one_line_that_sums_up(subject: object, text: str) -> None:
+    assert repr(subject) == text
+
+
+def test_reprs_of_memory_relay_and_index_tell_their_state() -> None:
+    engine = create_engine("sqlite://")
+    sqlite.configure(engine)
+    app = App(engine, Tip)
+    app.write(Tip(id=1, text="green tea"))
+    app.relay.drain()
+    assert repr(app.memory) == "<Memory [memory: InMemoryIndex | tracks Tip]>"
+    assert repr(app.relay) == "<Relay [not running | memory: 1 delivered]>"
+    embedder = f"{app.embedder.dimension} dimensions by {app.embedder.fingerprint}"
+    assert repr(app.index) == f"<InMemoryIndex [1 points | {embedder}]>"
+    app.memory.close()
+
+
+def test_a_look_at_hits_loads_nothing() -> None:
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        tip = Tip(id=1, text="green tea")
+        session.add(tip)
+        session.commit()
+        hits = Hits([Hit(tip, 0.5)])
+        engine.dispose()  # with its in-memory database: a SELECT would fail
+        assert repr(hits[0]) == "<Hit [0.500 | Tip]>"
+        assert "Tip" in hits._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        Changes([change(None, {SCRIPT: SCRIPT}, actor=SCRIPT, reason=SCRIPT, session_id=SCRIPT)]),
+        Hits([Hit(Tip(id=1, text=SCRIPT), 0.5)]),
+        DriftReport(missing=[(SCRIPT, SCRIPT)]),
+        Diagnosis(gone=[(SCRIPT, SCRIPT)], problems=[Problem(SCRIPT, SCRIPT)]),
+        Revocation(reverted=[change(None, {"text": SCRIPT})]),
+        Backlog(1, None, 0, 0, 0, refilling=False, problem=SCRIPT),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_html_tables_escape_values(subject: Any) -> None:
+    html = subject._repr_html_()
+    assert "&lt;script&gt;" in html
+    assert set(re.findall(r"</?(\w+)", html)) <= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
+
+
+def test_html_tables_cut_long_texts_and_many_rows() -> None:
+    html = Changes([change(None, {"text": "x" * 10_000})] * 1000)._repr_html_()
+    assert len(html) < 100_000
+    assert "… and 900 more" in html
+
+
+def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with reporting(True, "comparing") as report:
+        assert report is not None
+        report(3, 10)
+    assert "comparing" in capsys.readouterr().out
+    with reporting(False, "comparing") as report:
+        assert report is None
+    with reporting(print, "comparing") as report:
+        assert report is print
