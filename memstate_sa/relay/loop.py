@@ -384,7 +384,7 @@ class Relay:
             f"{name}: {counters.converged} delivered{f', {problems[name]}' if name in problems else ''}"
             for name, counters in self.counters().items()
         )
-        return summary(self, "running" if self._running else "not running", *delivered)
+        return summary(self, "running" if self.is_running else "not running", *delivered)
 
     def __enter__(self) -> Self:
         return self.start()

@@ -9,10 +9,10 @@ from typing import TextIO, Unpack
 from memstate_sa.fact import Fact
 from memstate_sa.log.changes import Changes
 from memstate_sa.maintenance.doctor import Diagnosis
-from memstate_sa.maintenance.progress import Progress
 from memstate_sa.maintenance.verify import DriftReport
 from memstate_sa.options import BackfillOptions, RevokeOptions, RollbackOptions
 from memstate_sa.relay.backlog import Backlog
+from memstate_sa.relay.progress import ProgressOption
 from memstate_sa.store.parts import StoreParts
 from memstate_sa.tracking.fact_types import check_id
 from memstate_sa.undo.undo import Revocation
@@ -86,12 +86,12 @@ class MaintenanceMethods(StoreParts):
         with self._using_engine() as engine:
             return self.memory.status(engine)
 
-    def verify(self, *, repair: bool = False, progress: Progress | None = None) -> DriftReport:
+    def verify(self, *, repair: bool = False, progress: ProgressOption = None) -> DriftReport:
         """Compare every index with the facts, by content; see `Memory.verify`. *repair* mends them."""
         with self._using_engine() as engine:
             return self.memory.verify(engine, repair=repair, progress=progress)
 
-    def doctor(self, *, repair: bool = False, rows: bool = True, progress: Progress | None = None) -> Diagnosis:
+    def doctor(self, *, repair: bool = False, rows: bool = True, progress: ProgressOption = None) -> Diagnosis:
         """Compare the log with the facts, and look for missing tables and triggers; see `Memory.doctor`."""
         with self._changing_by_engine() as engine:
             return self.memory.doctor(engine, repair=repair, rows=rows, progress=progress)
@@ -105,7 +105,7 @@ class MaintenanceMethods(StoreParts):
         with self._changing_by_engine() as engine:
             return self.memory.backfill(engine, Fact, **options)
 
-    def reindex(self, index: str | None = None, *, timeout: float = math.inf, progress: Progress | None = None) -> str:
+    def reindex(self, index: str | None = None, *, timeout: float = math.inf, progress: ProgressOption = None) -> str:
         """Fill the successor of *index*, then have all searches use it. Returns its name.
 
         Give the store ``successors=``. *index* can be left out if only one index has a successor. See `Memory.reindex`.
@@ -120,7 +120,7 @@ class MaintenanceMethods(StoreParts):
 
     # -- other databases -------------------------------------------------------------------------------------------
 
-    def export_facts(self, file: TextIO, *, progress: Progress | None = None) -> int:
+    def export_facts(self, file: TextIO, *, progress: ProgressOption = None) -> int:
         """Write the history of all facts to *file* as JSON lines, and return the number of entries.
 
         See `Memory.export_facts`.
@@ -128,7 +128,7 @@ class MaintenanceMethods(StoreParts):
         with self._using_engine() as engine:
             return self.memory.export_facts(engine, file, progress=progress)
 
-    def import_facts(self, file: Iterable[str], *, progress: Progress | None = None) -> int:
+    def import_facts(self, file: Iterable[str], *, progress: ProgressOption = None) -> int:
         """Add the facts of an export, with their history, and return the number of entries.
 
         See `Memory.import_facts`.
