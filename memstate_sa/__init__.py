@@ -63,9 +63,7 @@ def __getattr__(name: str) -> Any:
     """Import the public names when the first of them is needed: `memstate-sa --help` needs none."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # asyncio is only loaded for an application that uses it.
-    module = "memstate_sa.store.asynchronous" if name == "AsyncMemoryStore" else "memstate_sa.api"
-    value = globals()[name] = getattr(import_module(module), name)
+    value = globals()[name] = getattr(import_module("memstate_sa.api"), name)
     return value
 
 

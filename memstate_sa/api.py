@@ -4,8 +4,6 @@ The tables of the LangGraph integration are imported too, so that `memstate_sa.m
 """
 
 # ruff: noqa: F401, PLC0414, PLR0402  # each name is imported for others
-from typing import TYPE_CHECKING
-
 import memstate_sa.integrations.langgraph.item_rows
 import memstate_sa.integrations.langgraph.tables
 import memstate_sa.sqlite as sqlite  # `from memstate_sa import sqlite` would ask for this module again
@@ -50,8 +48,5 @@ from memstate_sa.relay import (
 from memstate_sa.relay.backlog import Backlog as Backlog
 from memstate_sa.search.hits import Hit as Hit, Hits as Hits, Incomplete as Incomplete
 from memstate_sa.search.time_travel import PastSession as PastSession
-from memstate_sa.store import MemoryStore as MemoryStore
+from memstate_sa.store import AsyncMemoryStore as AsyncMemoryStore, MemoryStore as MemoryStore
 from memstate_sa.undo.undo import Revocation as Revocation
-
-if TYPE_CHECKING:
-    from memstate_sa.store.asynchronous import AsyncMemoryStore as AsyncMemoryStore

@@ -1,5 +1,6 @@
-"""`MemoryStore`: memory for applications without models of their own. A thin layer over `Memory` and `Fact`."""
+"""Memory for people without models of their own: a thin layer over `Memory` and `Fact`."""
 
+from memstate_sa.store.asynchronous import AsyncMemoryStore
 from memstate_sa.store.store import MemoryStore
 
-__all__ = ["MemoryStore"]
+__all__ = ["AsyncMemoryStore", "MemoryStore"]

@@ -14,7 +14,6 @@ SHOW_MODULES = "import json, sys; print(json.dumps(sorted({name for name in sys.
 EXTRAS = {
     "aiosqlite",
     "alembic",
-    "asyncio",
     "chromadb",
     "greenlet",
     "langgraph",
