@@ -136,7 +136,7 @@ def test_a_stale_copy_notices_an_undo_in_another_table(engine: Engine) -> None:
         with pytest.raises(StaleDataError):
             other.commit()
         other.rollback()
-        with pytest.raises(MemstateError, match="tracked along with Employee"):
+        with pytest.raises(MemstateError, match="tracked together with Employee"):
             app.memory.rollback(session, model=Engineer)
 
 
