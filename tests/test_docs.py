@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -272,6 +273,15 @@ def test_the_navigation_has_each_page() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(FENCED.sub("", (ROOT / "README.md").read_text()).split()) <= 900
+
+
+def test_the_badges_are_true() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    readme = (ROOT / "README.md").read_text()
+    assert f"![Python {project['requires-python'].removeprefix('>=')} or later]" in readme
+    assert f"![License: {project['license']}]" in readme
+    assert "![SQLAlchemy 2.0 and 2.1]" in readme
+    assert any(requirement.startswith("sqlalchemy>=2.0") for requirement in project["dependencies"])
 
 
 def test_each_guarantee_links_to_its_tests() -> None:
