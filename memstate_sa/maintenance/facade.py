@@ -53,6 +53,12 @@ class MaintenanceMethods(MemoryParts):
         self._strict.watch(sync)
         return self._relays.add(sync, partial(self.sweep, sync), options)
 
+    def _idle_engine(self, engine: Engine | AsyncEngine) -> Engine:
+        """The sync engine of *engine*. Raises MemstateError while its only connection has a transaction."""
+        sync = self.sync_engine(engine)
+        require_no_transaction(sync)
+        return sync
+
     def token(self, session: AnySession) -> str | None:
         """The ``Change.tx`` of the last transaction with tracked changes that *session* committed, or None.
 
@@ -102,8 +108,7 @@ class MaintenanceMethods(MemoryParts):
         before. An index with damaged files is emptied and filled. Without *repair* it raises IndexBroken.
         *progress*: a function of the number of compared rows. True shows a progress bar.
         """
-        sync, report = self.sync_engine(engine), DriftReport()
-        require_no_transaction(sync)
+        sync, report = self._idle_engine(engine), DriftReport()
         self._strict.watch(sync)
         intended = partial(self._strict.intended, sync)
         for name, (destination, tracked) in self._relays.by_index().items():
@@ -137,8 +142,7 @@ class MaintenanceMethods(MemoryParts):
         *rows*: False looks only for causes.
         *progress*: a function of the number of compared rows. True shows a progress bar.
         """
-        sync = self.sync_engine(engine)
-        require_no_transaction(sync)
+        sync = self._idle_engine(engine)
         doctor = Doctor(sync, self._registry, self._capture, self._recorder, self._destinations)
         with reporting(progress, "comparing") as report:
             diagnosis = doctor.run(repair=repair, rows=rows, progress=report)
@@ -184,8 +188,7 @@ class MaintenanceMethods(MemoryParts):
         History keeps them, and ``rollback(tx=…)`` brings them back. Rollback counts no sweep as a step. A fact that
         other rows refer to stays, and a warning is logged.
         """
-        sync = self.sync_engine(engine)
-        require_no_transaction(sync)
+        sync = self._idle_engine(engine)
         return self._sweeper.sweep(sync, self._registry.published().values())
 
     def export_facts(
@@ -206,8 +209,7 @@ class MaintenanceMethods(MemoryParts):
         """
         from memstate_sa.maintenance import export_import
 
-        sync = self.sync_engine(engine)
-        require_no_transaction(sync)
+        sync = self._idle_engine(engine)
         tracked = [self._registry.of(model) for model in models] or list(self._registry.by_entity.values())
         with reporting(progress, "exporting") as report:
             return export_import.export_facts(sync, list(dict.fromkeys(tracked)), file, report)
@@ -230,8 +232,7 @@ class MaintenanceMethods(MemoryParts):
         """
         from memstate_sa.maintenance import export_import
 
-        sync = self.sync_engine(engine)
-        require_no_transaction(sync)
+        sync = self._idle_engine(engine)
         with reporting(progress, "importing") as report:
             count = export_import.import_facts(sync, self._registry, self._capture, file, report)
         self._relays.committed(sync)
@@ -239,8 +240,7 @@ class MaintenanceMethods(MemoryParts):
 
     def status(self, engine: Engine | AsyncEngine) -> dict[str, Backlog]:
         """The backlog of each index: its undelivered, parked and dead keys."""
-        sync = self.sync_engine(engine)
-        require_no_transaction(sync)
+        sync = self._idle_engine(engine)
         backlogs = {}
         with sync.connect() as connection:
             for name, pending in self._relays.backlogs(connection):
@@ -272,9 +272,8 @@ class MaintenanceMethods(MemoryParts):
         Raises DeliveryError, and changes nothing, when the successor is not filled within *timeout* seconds, or refuses
         facts that the old index has.
         """
-        sync, (name, new_name) = self.sync_engine(engine), self._succession.pair(index)
+        sync, (name, new_name) = self._idle_engine(engine), self._succession.pair(index)
         tracked = self._registry.published(new_name).values()
-        require_no_transaction(sync)
         self._capture.guard(sync)
         relay = self._relays.make(sync, [new_name])
         old, new = ((one, self._destinations[one]) for one in (name, new_name))
@@ -335,8 +334,7 @@ class MaintenanceMethods(MemoryParts):
         open transaction may still read the erased rows after *timeout* seconds, or the files of an index are out of
         reach.
         """
-        sync = self.sync_engine(engine)
-        require_no_transaction(sync)
+        sync = self._idle_engine(engine)
         self._deliver(sync, timeout)
         try:
             for index in self.indexes.values():

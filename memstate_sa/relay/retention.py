@@ -83,18 +83,24 @@ def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
 
 
 def forget_unneeded(connection: Connection, limit: int = 10_000) -> int:
-    """Delete up to *limit* outbox entries if there is no index, oldest first. Returns how many.
+    """Delete up to *limit* outbox entries if there is no index, oldest first. Return their number.
 
-    An index that comes later is filled from the tables.
+    An index that is added later is filled from the tables.
     """
+    if _has_index(connection):
+        return 0
     take_write_lock(connection)
     if not database_of(connection).has_one_writer:
-        # An index that began between the look and the DELETE would need the newest entries.
+        # Lock out new indexes. An index that began between the check and the DELETE would need the newest entries.
         connection.execute(_keep_indexes_out)
-    if connection.execute(select(cursor.c.index).limit(1)).first() is not None:
+    if _has_index(connection):
         return 0
     oldest = select(outbox.c.id).order_by(outbox.c.id).limit(limit)
     return connection.execute(delete(outbox).where(outbox.c.id.in_(oldest))).rowcount
+
+
+def _has_index(connection: Connection) -> bool:
+    return connection.execute(select(cursor.c.index).limit(1)).first() is not None
 
 
 _keep_indexes_out = text(f"LOCK TABLE {cursor.name} IN SHARE MODE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
@@ -52,9 +53,9 @@ class Hits(list[Hit[F]]):
     ``reasons`` says why the search could not consider some rows. Without a reason, the hits are ``complete``.
     """
 
-    def __init__(self, hits: Any = (), reasons: Any = ()) -> None:
+    def __init__(self, hits: Iterable[Hit[F]] = (), reasons: Iterable[Incomplete] = ()) -> None:
         super().__init__(hits)
-        self.reasons: list[Incomplete] = list(reasons)
+        self.reasons = list(reasons)
 
     @property
     def complete(self) -> bool:

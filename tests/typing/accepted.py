@@ -9,18 +9,15 @@ from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from memstate_sa import Fact, Memory
+from memstate_sa import Changes, Fact, Hits, Memory, Relay, RetryPolicy, Revocation
 from memstate_sa.db.codec import Image
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.log.changes import Changes
-from memstate_sa.relay import RetryPolicy
-from memstate_sa.search.hits import Hits
-from memstate_sa.undo.undo import Revocation
 from tests.typing.models import Base, Preference
 
 memory = Memory(InMemoryIndex(), delivery="strict", embedding_cache=0)
 assert_type(memory.track(Preference, text="content", immutable=True, unique_by=("content",)), type[Preference])
 assert_type(memory.track(Preference, text=lambda preference: preference.content.title()), type[Preference])
+Memory().track(Preference, text=None)
 memory.track(Preference, text=Preference.content, unique_by=lambda row: [row["content"]])
 
 
@@ -59,7 +56,8 @@ def undo(session: Session, engine: Engine) -> None:
     assert_type(memory.rollback(session, 2, session_id="s", on_conflict="skip", dry_run=True), Changes)
     assert_type(memory.revoke(session, actor="ann", tx=["a"]), Revocation)
     assert_type(memory.backfill(engine, Preference, batch_size=10, progress=print), int)
-    memory.relay(engine, page_size=3, policy=RetryPolicy(max_attempts=3))
+    memory.backfill(engine, progress=True)
+    assert_type(memory.relay(engine, page_size=3, policy=RetryPolicy(max_attempts=3)), Relay)
 
 
 async def await_all(session: AsyncSession, scoped: async_scoped_session[AsyncSession], now: datetime) -> None:

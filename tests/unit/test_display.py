@@ -1,16 +1,19 @@
-"""How objects look in a terminal and in a notebook. A look asks no database."""
+"""Objects in a terminal and in a notebook. Displaying an object sends no SQL."""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from io import StringIO
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from memstate_sa import Change, Diagnosis, DriftReport, Hit, Hits, Memory, sqlite
+from memstate_sa import Change, Diagnosis, DriftReport, Hit, Hits, Memory, MissingExtra, sqlite
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.log.changes import Changes
 from memstate_sa.maintenance.doctor import Problem
@@ -84,17 +87,26 @@ def test_a_repr_is_one_line_that_sums_up(subject: object, text: str) -> None:
     assert repr(subject) == text
 
 
-def test_reprs_of_memory_relay_and_index_tell_their_state() -> None:
+def make_engine() -> Engine:
     engine = create_engine("sqlite://")
     sqlite.configure(engine)
-    app = App(engine, Tip)
+    return engine
+
+
+@pytest.fixture
+def app() -> Iterator[App]:
+    app = App(make_engine(), Tip)
     app.write(Tip(id=1, text="green tea"))
+    yield app
+    app.memory.close()
+
+
+def test_reprs_of_memory_relay_and_index_tell_their_state(app: App) -> None:
     app.relay.drain()
     assert repr(app.memory) == "<Memory [memory: InMemoryIndex | tracks Tip]>"
     assert repr(app.relay) == "<Relay [not running | memory: 1 delivered]>"
     embedder = f"{app.embedder.dimension} dimensions by {app.embedder.fingerprint}"
     assert repr(app.index) == f"<InMemoryIndex [1 points | {embedder}]>"
-    app.memory.close()
 
 
 def test_a_look_at_hits_loads_nothing() -> None:
@@ -105,7 +117,7 @@ def test_a_look_at_hits_loads_nothing() -> None:
         session.add(tip)
         session.commit()
         hits = Hits([Hit(tip, 0.5)])
-        engine.dispose()  # with its in-memory database: a SELECT would fail
+        engine.dispose()  # closes its in-memory database: a SELECT would fail
         assert repr(hits[0]) == "<Hit [0.500 | Tip]>"
         assert "Tip" in hits._repr_html_()
 
@@ -134,12 +146,29 @@ def test_html_tables_cut_long_texts_and_many_rows() -> None:
     assert "… and 900 more" in html
 
 
-def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with reporting(True, "comparing") as report:
-        assert report is not None
-        report(3, 10)
+def test_every_long_call_shows_a_bar(app: App, capsys: pytest.CaptureFixture[str]) -> None:
+    memory, engine, file = app.memory, app.engine, StringIO()
+    app.relay.drain(progress=True)
+    assert "delivering" in capsys.readouterr().out
+    memory.verify(engine, progress=True)
+    assert "comparing memory" in capsys.readouterr().out
+    memory.doctor(engine, progress=True)
     assert "comparing" in capsys.readouterr().out
+    memory.backfill(engine, progress=True)
+    assert "logging baselines" in capsys.readouterr().out
+    memory.export_facts(engine, file, progress=True)
+    assert "exporting" in capsys.readouterr().out
+    other = App(make_engine(), Tip)
+    assert other.memory.import_facts(other.engine, file.getvalue().splitlines(keepends=True), progress=True) == 1
+    assert "importing" in capsys.readouterr().out
+    other.memory.close()
+
+
+def test_progress_is_a_bar_a_function_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with reporting(False, "comparing") as report:
         assert report is None
     with reporting(print, "comparing") as report:
         assert report is print
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'memstate-sa\[cli\]'"), reporting(True, "comparing"):
+        pass

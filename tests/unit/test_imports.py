@@ -1,4 +1,4 @@
-"""What an import costs: by the modules that it loads, as times depend on the machine."""
+"""The cost of an import, measured by the modules that it loads, because times depend on the machine."""
 
 from __future__ import annotations
 

@@ -361,9 +361,7 @@ def test_our_branch_needs_no_metadata(folder: Path, url: str, locations: str, to
 
 
 def test_only_modules_that_make_a_memory_are_imported(folder: Path) -> None:
-    """Importing a script runs it. init does not import scripts that only use a Memory, or make one only as a main
-    program.
-    """
+    """Importing a script runs it. init skips scripts that only use a Memory, or make one only as a main program."""
     for name, content in {
         "seed": "from memstate_sa import Memory\nfrom shop.facts import memory\nhow = 'by Memory(…)'\n",
         "demo": "from memstate_sa import Memory\ndef main():\n    memory = Memory(1)\n",

@@ -136,7 +136,7 @@ def test_a_stale_copy_notices_an_undo_in_another_table(engine: Engine) -> None:
         with pytest.raises(StaleDataError):
             other.commit()
         other.rollback()
-        with pytest.raises(MemstateError, match="tracked along with Employee"):
+        with pytest.raises(MemstateError, match="tracked together with Employee"):
             app.memory.rollback(session, model=Engineer)
 
 
@@ -490,7 +490,7 @@ _read_of_the_trigger_context = sa.text(
 
 
 def test_triggers_look_up_each_fact_of_an_undo_alone(postgres_engine: Engine) -> None:
-    """Each statement reads one row of the trigger context for each row that it writes, not those of the whole undo."""
+    """For each row that it writes, a statement reads one row of the trigger context, not those of the whole undo."""
 
     class Base(DeclarativeBase):
         pass
