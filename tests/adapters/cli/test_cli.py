@@ -21,7 +21,7 @@ from sqlalchemy.orm import sessionmaker
 from memstate_sa import __version__
 from memstate_sa.cli import opening
 from memstate_sa.db.tables import cursor, holder, parked, utcnow
-from tests.support.commands import ROOT, Application, app, bare, flat, invoke
+from tests.support.commands import ROOT, Application, add_dead_key, app, bare, flat, invoke
 
 __all__ = ["app", "bare"]
 
@@ -310,14 +310,6 @@ def test_control_characters_of_data_show_as_escapes(app: Application) -> None:
         session.commit()
     refused = app.run("revoke", "--yes", "--on-conflict", "raise", "--actor", HOSTILE, exit_code=1, **wide)
     assert_shows_escapes(refused)
-
-
-def add_dead_key(app: Application, key: int) -> None:
-    with app.engine.begin() as connection:
-        at = connection.execute(select(cursor.c.index, cursor.c.incarnation)).mappings().one()
-        values = {"entity": "note", "slot": 0, "attempts": 8, "next_at": utcnow(), "state": "dead", "mark": "x"}
-        letter = {**at, **values, "key": f"[{key}]", "error": "DeliveryRejected from ValueError"}
-        connection.execute(insert(parked), letter)
 
 
 def test_drain_and_status_tell_of_refused_keys(app: Application) -> None:

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import text
 
 from memstate_sa.cli import processes
-from tests.support.commands import ROOT, Application, app, bare, invoke
+from tests.support.commands import ROOT, Application, add_dead_key, app, bare, invoke
 
 __all__ = ["app", "bare"]
 
@@ -158,6 +158,35 @@ def test_json_is_alone_on_stdout_and_has_a_zone(app: Application) -> None:
     assert list(last) == [
         *("id", "tx", "entity", "key", "op", "before", "after", "at", "actor", "reason", "session_id", "reverts")
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_code"), [("status", 0), ("verify", 1), ("doctor", 1), ("log", 0), ("dead list", 0)]
+)
+def test_json_has_the_names_of_the_example_on_the_page(app: Application, command: str, exit_code: int) -> None:
+    key = app.add("Likes tea", actor="ana")
+    app.run("drain")
+    index = app.module.memory.indexes["memory"]
+    index.delete([entry.id for entry in index.scan(None, 10)])
+    add_dead_key(app, key)
+    with app.engine.begin() as connection:
+        connection.execute(text("UPDATE note SET text = 'Likes coffee'"))
+        connection.execute(text("DROP TABLE memstate_unique"))
+    name, *rest = command.split()
+    output = app.run(name, *rest, "--json", exit_code=exit_code, stdout=True)
+    section = (ROOT / "docs" / "cli.md").read_text("utf-8").partition(f"### `{command}`\n")[2]
+    example = section.partition("```json\n")[2].partition("```")[0]
+    assert keys_of(json.loads(output)) == keys_of(json.loads(example))
+
+
+def keys_of(document: object) -> object:
+    """The names in a JSON document, without the values. Columns and entities of an application are left out."""
+    if isinstance(document, list):
+        return [keys_of(item) for item in document[:1]]
+    if not isinstance(document, dict):
+        return None
+    own = {"before", "after", "unlogged_by_entity"}
+    return {name: None if name in own else keys_of(value) for name, value in document.items()}
 
 
 # -- the application -------------------------------------------------------------------------------------------------
