@@ -292,7 +292,7 @@ def checklist(
     )
     yield ChecklistItem(
         "captured Sessions",
-        f"{sessions[0]} (Nothing to do if a module that was not imported here attaches them.)" if sessions else "",
+        f"Sessions {sessions[0]}\nThere is nothing to do if another module of yours attaches them." if sessions else "",
     )
     if project is not None:
         yield ChecklistItem(

@@ -255,21 +255,40 @@ def test_relay_options_come_from_the_environment_and_log_lines_have_zone_and_wor
         assert (level, worker, name) == ("INFO", "worker=1", "memstate_sa.worker:") and pid.startswith("pid=")
 
 
+def test_workers_have_the_options_of_the_command_and_start_no_workers(
+    app: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options travel in the environment, where no list of processes shows them."""
+    started: list[tuple[list[list[str]], dict[str, str]]] = []
+    monkeypatch.setattr(processes, "supervise", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("memstate_sa.cli.relay._require_shared", lambda memory: None)
+    monkeypatch.setenv("MEMSTATE_WORKERS", "2")
+    monkeypatch.setenv("MEMSTATE_LOG_LEVEL", "error")
+    app.run("relay", "--metrics-port", "9000", "--keep-log", "90")
+    ((arguments, environment),) = started
+    assert arguments == [["--metrics-port", "9000"], ["--metrics-port", "9001"]]
+    assert environment == {
+        "MEMSTATE_APP": f"{app.name}:memory",
+        "MEMSTATE_URL": app.url,
+        "MEMSTATE_WORKERS": "1",
+        "MEMSTATE_LEASE": "30.0",
+        "MEMSTATE_METRICS_PORT": "9000",
+        "MEMSTATE_METRICS_HOST": "127.0.0.1",
+        "MEMSTATE_LOG_LEVEL": "error",
+        "MEMSTATE_LOG_JSON": "False",
+        "MEMSTATE_KEEP_LOG": "90",
+    }
+
+
 def test_log_level_leaves_out_lower_records(app: Application) -> None:
     lines = relay_logs(app, MEMSTATE_LOG_LEVEL="debug", MEMSTATE_LOG_JSON="1")
     record = json.loads(lines[0])
     assert record["worker"] == 1 and datetime.fromisoformat(record["at"]).utcoffset() == timedelta(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging.getLogger("memstate_sa"), "handlers", [])
-        processes.configure_logging(level="warning", as_json=False, worker=2)
-        assert not processes.logger.isEnabledFor(logging.INFO) and processes.logger.isEnabledFor(logging.WARNING)
+    processes.configure_logging(level="warning", as_json=False, worker=2)
+    assert not processes.logger.isEnabledFor(logging.INFO) and processes.logger.isEnabledFor(logging.WARNING)
 
 
-def test_traceback_is_one_log_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    package = logging.getLogger("memstate_sa")
-    for name in ("handlers", "level", "propagate"):
-        monkeypatch.setattr(package, name, getattr(package, name))
-    monkeypatch.setattr(package, "handlers", [])
+def test_traceback_is_one_log_line(capsys: pytest.CaptureFixture[str]) -> None:
     processes.configure_logging(level="info", as_json=False, worker=3)
     try:
         raise ValueError("first\nsecond")
