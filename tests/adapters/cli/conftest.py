@@ -1,4 +1,4 @@
-"""Commands that run in this process configure the logging of memstate_sa: each test ends with the former one."""
+"""Commands in this process configure the logging of memstate_sa. Each test restores it."""
 
 from __future__ import annotations
 
