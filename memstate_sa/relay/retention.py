@@ -91,7 +91,7 @@ def forget_unneeded(connection: Connection, limit: int = 10_000) -> int:
         return 0
     take_write_lock(connection)
     if not database_of(connection).has_one_writer:
-        # Lock out new indexes: one that began between the second look and the DELETE would need the newest entries.
+        # Lock out new indexes. An index that began between the check and the DELETE would need the newest entries.
         connection.execute(_keep_indexes_out)
     if _has_index(connection):
         return 0
