@@ -53,8 +53,8 @@ class StoreParts:
                 store.delete(old_id)
                 store.commit(Fact(type="note", payload={"content": "likes tea"}))
 
-        In a coroutine, use `AsyncMemoryStore`. If a transaction of this class is open across an ``await``, it belongs to
-        its asyncio task. Other tasks of the same thread get MemstateError until it ends.
+        In a coroutine, use `AsyncMemoryStore`. If this transaction is open across an ``await``, it belongs to its
+        asyncio task. Other tasks of the same thread get MemstateError until it ends.
         """
         require_options("transaction", labels, Labels)
         check_texts(**labels)
