@@ -41,12 +41,13 @@ format: $(VENV)/.dev  ## Format the code, and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lint: $(VENV)/.dev  ## Style, types, import layers
+lint: $(VENV)/.dev  ## Style, types, import layers, plain English
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.prose
 
 docs: $(VENV)/.docs  ## The documentation as a site, in site/; a broken link fails
 	$(BIN)/zensical build --strict --clean

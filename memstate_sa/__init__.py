@@ -34,6 +34,7 @@ __all__ = [
     "Incomplete",
     "IndexBroken",
     "IndexMismatch",
+    "Labels",
     "Memory",
     "MemoryOptions",
     "MemoryStore",

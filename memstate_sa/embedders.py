@@ -30,8 +30,8 @@ class Embedder(Protocol):
     A model that embeds queries and documents differently has a second method, ``embed_query(text: str) -> Vector``.
     Searches use it.
 
-    After OSError, TimeoutError, an HTTP client's connection errors and the statuses 401, 403, 408, 409, 425, 429 and
-    5xx, the relay tries again later. After any other exception, it splits the batch in halves to find the refused text.
+    The relay tries again later after OSError, TimeoutError, an HTTP client's connection errors, and the statuses 401,
+    403, 408, 409, 425, 429 and 5xx. After any other exception, it splits the batch in halves to find the refused text.
     """
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ import pytest
 from sqlalchemy import Engine, make_url
 
 import memstate_sa
+from memstate_sa import options
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))
@@ -228,14 +230,21 @@ def documented() -> set[str]:
 def test_the_reference_has_each_public_name() -> None:
     names = {f"memstate_sa.{name}" for name in memstate_sa.__all__} - {"memstate_sa.metadata", "memstate_sa.sqlite"}
     page = (REFERENCE / "errors.md").read_text()
+    assert "memstate_sa.options" in documented()
+    names -= {f"memstate_sa.{name}" for name in dir(options)}
     shown = {name.rpartition(".")[2] for name in documented()} | set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert {name.rpartition(".")[2] for name in names} - shown == {"UntrackedWriteWarning"}
     assert "`UntrackedWriteWarning`" in page
 
 
-def test_the_reference_has_each_method_of_a_memory() -> None:
-    listed = re.findall(r"^        - (\w+)$", (REFERENCE / "memory.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(name for name in dir(memstate_sa.Memory) if not name.startswith("_"))
+@pytest.mark.parametrize(
+    ("page", "documented_class"), [("memory", memstate_sa.Memory), ("store", memstate_sa.MemoryStore)]
+)
+def test_the_reference_has_each_method(page: str, documented_class: type) -> None:
+    listed = re.findall(r"^        - (\w+)$", (REFERENCE / f"{page}.md").read_text(), re.MULTILINE)
+    methods = [name for name, value in inspect.getmembers(documented_class, callable) if not name.startswith("_")]
+    assert set(methods) <= set(listed)
+    assert not [name for name in listed if not hasattr(documented_class, name)]
 
 
 def test_the_reference_has_each_table() -> None:

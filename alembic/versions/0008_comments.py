@@ -251,7 +251,7 @@ COMMENTS = (
         "memstate_checkpoint",
         "snapshot",
         "what was committed at the position (PostgreSQL)",
-        "the transactions that had committed at the position (PostgreSQL)",
+        "the transactions that had committed by then (PostgreSQL)",
     ),
     ("memstate_checkpoint", None, "what a graph was between two steps", "the state of a graph between two supersteps"),
     (

@@ -1,6 +1,6 @@
 """The command line: the demo, and the upkeep of an application's memory.
 
-Without the extra "cli" this can be imported all the same: for `main`, which says what is missing.
+`main` can be imported without the extra "cli". It then says what to install.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from memstate_sa.errors import MissingExtra
 
 try:
     from memstate_sa.cli.commands import application
-except ImportError as error:  # main() shows it: raised here, the hint would be buried in the console script's traceback
+except ImportError as error:  # raised here, it would be a traceback of the console script
     if (error.name or "").startswith("memstate_sa"):
         raise
     _missing: str | None = str(MissingExtra(error.name or "typer", "cli"))
@@ -22,7 +22,7 @@ __all__ = ["application", "main"]
 
 
 def main() -> None:
-    """The console script ``memstate-sa``."""
+    """Run the console script ``memstate-sa``."""
     if _missing:
         sys.exit(_missing)
-    application()()
+    application()(prog_name="memstate-sa")

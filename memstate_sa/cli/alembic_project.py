@@ -1,4 +1,4 @@
-"""The parts of an application that adopts memstate_sa: its Memory, its database and its Alembic, as they are now."""
+"""The Memory, the database and the Alembic project of an application that adopts memstate_sa."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from typing import NamedTuple
 from sqlalchemy import inspect
 from sqlalchemy.engine import Engine
 
+from memstate_sa import Memory
+from memstate_sa.cli.opening import import_failure, tracked_classes
 from memstate_sa.errors import MemstateError
 from memstate_sa.maintenance.doctor import folded
-from memstate_sa.memory import Memory
 
 _METADATA = "memstate_sa.metadata"
 _PLUGINS = 'autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"]'
 _REGISTER = "memstate_sa.migrations.register()"
+_CLASSES = ("Memory", "MemoryStore", "AsyncMemoryStore")
 _REGISTERS = (_REGISTER, "migrations.register()")
 _LOCATIONS = re.compile(r"^version_locations\s*=.*(?:\n[ \t]+\S.*)*", re.MULTILINE)
 _NOT_SOURCES = {"node_modules", "site-packages", "tests", "test", "versions", "build", "dist"}
 
 
 class ChecklistItem(NamedTuple):
-    """A part of adopting memstate_sa, and what is to be done for it: nothing where it is done."""
+    """A part of adopting memstate_sa. ``to_do`` says how to complete it, and is empty if it is complete."""
 
     title: str
     to_do: str = ""
 
 
 class AlembicProject(NamedTuple):
-    """The application's own: where it is configured, and its env.py.
+    """The application's own Alembic project: its configuration file and its env.py.
 
     ``options`` is the module whose call of Flask-Migrate names the plugins of autogenerate, if there is one.
     """
@@ -51,7 +53,7 @@ class AlembicProject(NamedTuple):
 
     @property
     def has_branch(self) -> bool:
-        """Whether our own migrations are among its versions."""
+        """Whether ``version_locations`` names our own migrations."""
         locations = _LOCATIONS.search(self.config.read_text(encoding="utf-8")) if self.config.is_file() else None
         return locations is not None and "memstate_sa" in locations[0]
 
@@ -65,7 +67,7 @@ class AlembicProject(NamedTuple):
         return any(_names_plugin(_parsed(source)) for source in (self.source, options))
 
     def edited(self, *, has_plugins: bool) -> str:
-        """Its env.py as it should be; see `edited`."""
+        """The source of env.py with the missing parts; see `edited`."""
         has_options = self.options is not None
         return edited(self.source, has_plugins=has_plugins, has_branch=self.has_branch, has_options=has_options)
 
@@ -74,13 +76,13 @@ class AlembicProject(NamedTuple):
         """The commands that create the missing tables and triggers."""
         if self.has_branch:
             return "alembic upgrade heads"
-        if "flask" in self.source:  # Flask-Migrate's env.py runs in the application alone
+        if "flask" in self.source:  # Flask-Migrate's env.py runs only inside the application
             return 'flask db migrate -m "memstate_sa", then flask db upgrade'
         return 'alembic revision --autogenerate -m "memstate_sa", then alembic upgrade head'
 
 
 def find_alembic(folder: Path) -> AlembicProject | None:
-    """The Alembic of the application in *folder*, with the options that it gives to Flask-Migrate."""
+    """The Alembic project of *folder*, with the module that configures Flask-Migrate."""
     project = _find_env(folder)
     if project is None or "configure_args" not in project.source:
         return project
@@ -90,9 +92,9 @@ def find_alembic(folder: Path) -> AlembicProject | None:
 
 
 def _find_env(folder: Path) -> AlembicProject | None:
-    """The Alembic of the application in *folder*, by its alembic.ini or pyproject.toml, or else by its env.py.
+    """The Alembic project of *folder*, found by its alembic.ini or pyproject.toml, or else by its env.py.
 
-    Flask-Migrate has no other sign, nor has an alembic.ini of another name.
+    The env.py is the only sign of Flask-Migrate, and of an alembic.ini with another name.
     """
     ini, toml = folder / "alembic.ini", folder / "pyproject.toml"
     location = None
@@ -111,11 +113,11 @@ def _find_env(folder: Path) -> AlembicProject | None:
         if re.search(r"^\s*(?:import|from) alembic\b", env.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
             beside, above = env.with_name("alembic.ini"), env.parent.with_name("alembic.ini")
             return AlembicProject(above if above.is_file() and not beside.is_file() else beside, env)
-    return configured  # it has an env.py nowhere: there is Alembic all the same
+    return configured  # the env.py is missing, but the project uses Alembic
 
 
 def _resolved(folder: Path, location: str) -> Path:
-    """A path, or ``package:path``, as Alembic takes it; but no package is imported."""
+    """The path that Alembic's *location* names: a path, or ``package:path``. No package is imported."""
     package, colon, path = location.partition(":")
     if not colon or Path(location).is_absolute():
         return folder / location
@@ -127,7 +129,7 @@ def _resolved(folder: Path, location: str) -> Path:
 
 
 def is_migrated(engine: Engine) -> bool:
-    """Whether Alembic has been at this database, wherever it is configured."""
+    """Whether any Alembic project has migrated this database."""
     return inspect(engine).has_table("alembic_version")
 
 
@@ -135,17 +137,17 @@ def is_migrated(engine: Engine) -> bool:
 
 
 def edited(source: str, *, has_plugins: bool, has_branch: bool = False, has_options: bool = False) -> str:
-    """*source*, an env.py, with our tables in its metadata and our plugin named, as far as they are not.
+    """*source*, an env.py, with our tables in its metadata and our plugin in its call, where they are missing.
 
-    *has_plugins*: of Alembic 1.18 and later; before, `register` is called. *has_branch*: our own migrations make the
-    tables. *has_options*: another module names the plugins, and `configure` takes them once. What is written in a way
-    of its own is left to the reader.
+    *has_plugins*: Alembic is 1.18 or later. An older one needs a call of `register`. *has_branch*: our own migrations
+    create the tables. *has_options*: another module names the plugins, and `configure` accepts them only once. Code of
+    an unusual form stays as it is.
     """
     tree = _parsed(source)
     calls = [
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "context.configure"
     ]
-    edits: list[tuple[int, str]] = []  # positions, and the text that is inserted there
+    edits: list[tuple[int, str]] = []  # offsets, and the text to insert there
     text = _Text(source)
     imports = []
     if not (has_branch or _names_tables(tree)):
@@ -171,7 +173,7 @@ def edited(source: str, *, has_plugins: bool, has_branch: bool = False, has_opti
 
 
 class _Text:
-    """A source as the positions of `ast` mean it: lines from 1, and bytes of UTF-8 in them."""
+    """A source text with offsets for the nodes of `ast`, which count lines from 1 and bytes of UTF-8."""
 
     def __init__(self, source: str) -> None:
         self.content = source.encode()
@@ -186,7 +188,7 @@ class _Text:
         return self._lines[(node.end_lineno or node.lineno) - 1] + (node.end_col_offset or 0)
 
     def after(self, statement: ast.stmt) -> int:
-        """The next line's start."""
+        """The start of the next line."""
         return self._lines[min(statement.end_lineno or statement.lineno, len(self._lines) - 1)]
 
 
@@ -204,7 +206,7 @@ def _names_tables(tree: ast.Module) -> bool:
 
 
 def _names_plugin(tree: ast.Module) -> bool:
-    """Wherever the list is written: in a call, in a variable, in a dictionary of options."""
+    """Whether a list of plugins names ours, in a call, a variable or a dictionary of options."""
     if _imports(tree, "memstate_sa.migrations", "register"):
         return True
     lists = "autogenerate_plugins" in ast.unparse(tree)
@@ -227,7 +229,7 @@ def _is_plugin(node: ast.expr) -> bool:
 
 
 def _metadata(tree: ast.Module, calls: Sequence[ast.Call]) -> list[ast.expr]:
-    """The application's metadata: of ``target_metadata = …``, or else the argument of `configure`."""
+    """The application's metadata: the value of ``target_metadata = …``, or else the argument of `configure`."""
     assigned = [
         node.value
         for node in tree.body
@@ -239,7 +241,7 @@ def _metadata(tree: ast.Module, calls: Sequence[ast.Call]) -> list[ast.expr]:
 
 
 def _listed(text: _Text, value: ast.expr, added: str) -> Iterator[tuple[int, str]]:
-    """Insertions that make *value*, a list or what may be the one item of it, a list with *added*."""
+    """The insertions that make *value*, a list or a single item, a list with *added*."""
     if isinstance(value, ast.List | ast.Tuple) and value.elts:
         end = text.end(value.elts[-1])
         comma = re.match(rb"\s*,", text.content[end : text.end(value)])
@@ -264,7 +266,7 @@ def _with_plugin(text: _Text, call: ast.Call) -> Iterator[tuple[int, str]]:
 
 
 def _after_imports(text: _Text, tree: ast.Module) -> int:
-    """After the imports at the top, which what is edited may need: not after one that comes later."""
+    """The offset after the imports at the top of the file."""
     at = 0
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -277,18 +279,20 @@ def _after_imports(text: _Text, tree: ast.Module) -> int:
 # -- the checklist ---------------------------------------------------------------------------------------------------
 
 
-def checklist(memory: Memory, engine: Engine, project: AlembicProject | None) -> Iterator[ChecklistItem]:
-    """The parts of adopting memstate_sa, in the order in which they are to be done."""
+def checklist(
+    memory: Memory, engine: Engine, project: AlembicProject | None, *, database_is_known: bool
+) -> Iterator[ChecklistItem]:
+    """The parts of adopting memstate_sa, in the order in which to complete them."""
     problems = memory.doctor(engine, rows=False).problems
     sessions = [message for subject, message in problems if subject == "Sessions"]
-    entities = list(memory._registry.by_entity)  # noqa: SLF001  # of the same package
+    entities = list(tracked_classes(memory))
     yield ChecklistItem(
-        f"a Memory that tracks {', '.join(entities)}" if entities else "a tracked model",
-        "" if entities else "memory.track(Model, text=…), where the models are",
+        f"a Memory that tracks {', '.join(entities)}" if entities else "a tracked class",
+        "" if entities else "Call memory.track(Model, text=…) where the models are.",
     )
     yield ChecklistItem(
-        "Sessions that are captured",
-        f"{sessions[0]} (nothing to do if a module that was not imported here does)" if sessions else "",
+        "captured Sessions",
+        f"{sessions[0]} (Nothing to do if a module that was not imported here attaches them.)" if sessions else "",
     )
     if project is not None:
         yield ChecklistItem(
@@ -300,21 +304,25 @@ def checklist(memory: Memory, engine: Engine, project: AlembicProject | None) ->
             f"our plugin in {(project.options or project.env).name}",
             "" if project.knows_plugin else f"{call}(..., {_PLUGINS}); before Alembic 1.18: {_REGISTER}",
         )
+    if not database_is_known:
+        yield ChecklistItem("tables and triggers in the database", "Not checked. Give --url to check the database.")
+        return
     others = [problem for problem in problems if problem.subject != "Sessions"]
     missing = [f"{subject} {message}" for subject, message in folded(others)]
     if missing and project is not None:
         missing.append(project.upgrading)
     elif missing and is_migrated(engine):
         missing.append(
-            "Alembic has been here, and is not in this folder: run this where it is, or with --create-tables"
+            "Alembic migrates this database, but this folder has no Alembic project. Run the command in the project's "
+            "folder, or with --create-tables."
         )
     yield ChecklistItem("tables and triggers in the database", "\n".join(missing))
 
 
 def find_memories(folder: Path) -> list[str]:
-    """Each Memory at the top of a module below *folder*, as ``module:attribute``.
+    """Each Memory and MemoryStore at the top level of a module below *folder*, as ``module:name``.
 
-    Only modules that say ``name = Memory(…)`` at their top level are imported.
+    Only modules with ``name = Memory(…)`` or ``name = MemoryStore(…)`` at their top level are imported.
     """
     names: dict[int, str] = {}
     for root in _roots(folder):
@@ -329,25 +337,25 @@ def find_memories(folder: Path) -> list[str]:
             try:
                 module = import_module(name)
             except Exception as error:
-                raise MemstateError(f"looking for a Memory, {name} cannot be imported: {error!r}") from error
+                raise MemstateError(import_failure(name, error)) from error
             for attribute in attributes:
                 value = getattr(module, attribute, None)
-                if isinstance(value, Memory):
+                if isinstance(getattr(value, "memory", value), Memory):
                     names.setdefault(id(value), f"{name}:{attribute}")
     return list(names.values())
 
 
 def _memories(source: str) -> list[str]:
-    """The names that a module gives to what it makes by ``Memory(…)``, by that or another name, at its top level."""
+    """The names of the Memory and MemoryStore objects that a module makes at its top level."""
     if "memstate_sa" not in source:
         return []
     tree = _parsed(source)
-    ours = {"Memory"} | {
+    ours = set(_CLASSES) | {
         name.asname
         for node in tree.body
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("memstate_sa")
         for name in node.names
-        if name.name == "Memory" and name.asname
+        if name.name in _CLASSES and name.asname
     }
     return [
         target.id
@@ -360,7 +368,7 @@ def _memories(source: str) -> list[str]:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """The folders of the application's modules. From now on these can be imported."""
+    """The folders of the application's modules. Adds them to ``sys.path``."""
     roots = [root for root in (folder, folder / "src") if root.is_dir()]
     for root in roots:
         if str(root) not in sys.path:
@@ -369,7 +377,7 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def _files(root: Path, pattern: str) -> Iterator[Path]:
-    """The application's own files of a name, those nearest to *root* first."""
+    """The application's own files that match *pattern*, beginning with the files nearest to *root*."""
     for path in sorted(root.rglob(pattern), key=lambda path: (len(path.parts), path)):
         folders = path.relative_to(root).parts[:-1]
         if not (_NOT_SOURCES & set(folders) or any(name.startswith(".") for name in folders)):

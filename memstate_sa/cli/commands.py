@@ -16,6 +16,7 @@ def application() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_show_locals=False,  # they hold database URLs
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options)
     for command in (
@@ -31,7 +32,7 @@ def application() -> typer.Typer:
     app.command("export")(transfer.export_facts)
     app.command("import")(transfer.import_facts)
     app.command("import-checkpoints")(transfer.import_langgraph)
-    dead = typer.Typer(help="Keys that an index refused too often.", no_args_is_help=True)
+    dead = typer.Typer(help="Show, retry or drop keys that an index refused too often.", no_args_is_help=True)
     dead.command("list")(deadletters.dead_list)
     dead.command("retry")(deadletters.dead_retry)
     dead.command("drop")(deadletters.dead_drop)

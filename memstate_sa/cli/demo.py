@@ -1,4 +1,4 @@
-"""`demo`: what memstate_sa is worth."""
+"""`demo`: show the difference that memstate_sa makes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from memstate_sa.cli.display import Console
-from memstate_sa.cli.opening import exit_on_error
+from memstate_sa.cli.errors import exit_on_error
 from memstate_sa.errors import MissingExtra
 
 
@@ -20,11 +20,13 @@ def demo(
     keep: Annotated[
         Path | None, typer.Option(file_okay=False, help="Keep databases, indexes and logs in this new or empty folder.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which index calls fail.")] = 7,
+    seed: Annotated[int, typer.Option(help="The seed that chooses the failing index calls.")] = 7,
 ) -> None:
     """Play one agent memory twice, by hand and with memstate_sa, through failures and a crash.
 
-    Needs no network and no database server; takes under a minute.
+    It needs no network and no database server, and takes less than a minute.
+
+    memstate-sa demo
     """
     with exit_on_error():
         try:

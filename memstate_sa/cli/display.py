@@ -1,72 +1,130 @@
-"""The output of commands: progress, and tables of changes."""
+"""The output of commands: progress, changes, and values as people write them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich import console
 from rich.markup import escape
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import Progress, ProgressColumn
 from rich.text import Text
 
-from memstate_sa.log.changes import Change
 from memstate_sa.runtime.printable import printable
 
-_SHOWN = 120  # characters of a value
+if TYPE_CHECKING:
+    from memstate_sa.log.changes import Change
+
+_LONGEST = 120  # characters of a value
+_COLOURS = {"insert": "green", "update": "yellow", "delete": "red"}
 
 
 class Console(console.Console):
-    """Rich's console, which lets no text drive the terminal: control characters show as escapes."""
+    """Rich's console with control characters as escapes. So no text from data can drive the terminal."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text, keep="\n\t"), **options)
 
 
 def cell(value: str | None) -> str:
-    """A value that came from data, for one line of a table: neither markup nor control characters act."""
+    """*value*, which came from data, for one line: neither markup nor control characters act."""
     return escape(printable(value or ""))
 
 
-def progress_of(progress: Progress, title: str) -> Callable[[int, int | None], None]:
-    task = progress.add_task(cell(title), total=None)
+@contextmanager
+def progress_bar(
+    title: str, *columns: ProgressColumn, transient: bool = True
+) -> Iterator[Callable[[int, int | None], None]]:
+    """A function that moves a progress bar on stderr. A *transient* one leaves no trace, and needs a terminal."""
+    stderr = Console(stderr=True)
+    is_disabled = transient and not stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=transient, disable=is_disabled) as progress:
+        task = progress.add_task(cell(title), total=None)
 
-    def update(done: int, total: int | None) -> None:
-        progress.update(task, completed=done, total=total)
+        def update(done: int, total: int | None) -> None:
+            progress.update(task, completed=done, total=total)
 
-    return update
-
-
-def changes_table(changes: Iterable[Change], title: str = "") -> Table:
-    columns = ("at (UTC)", "transaction", "fact", "what", "changed", "by", "why")
-    table = Table(*columns, title=title or None, title_justify="left")
-    for change in changes:
-        session = change.session_id and f"in {change.session_id}"
-        table.add_row(
-            f"{change.at:%Y-%m-%d %H:%M:%S}",
-            change.tx,
-            cell(f"{change.entity} {change.key}"),
-            change.op + (" (undo)" if change.reverts else ""),
-            cell(_changed(change)),
-            cell(" ".join(filter(None, (change.actor, session)))),
-            cell(change.reason),
-        )
-    return table
+        yield update
 
 
-def _changed(change: Change) -> str:
-    """The new values of a row; of an update, the columns that differ."""
-    before, after = change.before or {}, change.after or {}
-    if not (before and after):
-        return ", ".join(f"{name}={_shortened(value)}" for name, value in (after or before).items())
-    return ", ".join(
-        f"{name}={_shortened(before.get(name))} → {_shortened(value)}"
-        for name, value in after.items()
-        if name not in before or before[name] != value
-    )
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> str:
+    """*value* as JSON in one line: times in ISO 8601, bytes in hexadecimal."""
+    from pydantic_core import to_json
+
+    text = to_json(value, bytes_mode="hex", inf_nan_mode="strings", fallback=str)
+    return printable(text.decode())
+
+
+def print_json(value: Any) -> None:
+    typer.echo(to_json(value))
+
+
+def facts_json(facts: Iterable[tuple[str, object]]) -> list[dict[str, object]]:
+    """(entity, key) pairs as JSON objects, with the names that they have in a `Change`."""
+    return [{"entity": entity, "key": key} for entity, key in facts]
+
+
+# -- for people ------------------------------------------------------------------------------------------------------
+
+
+def counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+def written(value: Any) -> str:
+    """*value* as people write it, and as the commands read it: text plain, the rest as JSON."""
+    plain = json.loads(to_json(value))
+    return plain if isinstance(plain, str) and plain else json.dumps(plain, ensure_ascii=False)
 
 
 def _shortened(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
+    text = written(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def fact_name(entity: str, key: object) -> str:
+    """The fact as `memstate-sa log ENTITY KEY` reads it."""
+    return f"{entity} {written(key)}"
+
+
+def print_changes(console: Console, changes: Iterable[Change], title: str = "") -> None:
+    """Print a paragraph for each change. No line is cut, so times and ids are whole in a pipe too."""
+    if title:
+        console.print(f"[bold]{escape(title)}[/]")
+    for change in changes:
+        for line in _paragraph(change):
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def _paragraph(change: Change) -> Iterator[str]:
+    at = change.at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    op = f"[{_COLOURS.get(change.op, 'default')}]{change.op}{' (undo)' if change.reverts else ''}[/]"
+    yield f"{at}  {change.tx}  {op}  [bold]{cell(fact_name(change.entity, change.key))}[/]"
+    session = change.session_id and f"in {change.session_id}"
+    author = " ".join(filter(None, (change.actor, session)))
+    labels = (f"by {author}" if author else "", f"({change.reason})" if change.reason else "")
+    if any(labels):
+        yield cell(f"  {' '.join(filter(None, labels))}")
+    for name, value in _values(change):
+        yield cell(f"  {name}: {value}")
+
+
+def _values(change: Change) -> Iterator[tuple[str, str]]:
+    """The values of the row. An update has only the columns that differ, before and after."""
+    before, after = change.before or {}, change.after or {}
+    if not (before and after):
+        for name, value in (after or before).items():
+            yield name, _shortened(value)
+        return
+    for name, value in after.items():
+        if name not in before:
+            yield name, _shortened(value)
+        elif before[name] != value:
+            yield name, f"{_shortened(before[name])} → {_shortened(value)}"

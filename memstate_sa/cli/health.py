@@ -1,88 +1,145 @@
-"""`verify` and `doctor`: whether indexes, log and tables say the same."""
+"""`verify` and `doctor`: compare indexes, log and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
-from memstate_sa.cli.display import Console, progress_of
-from memstate_sa.cli.opening import App, Url, name_of, open_memory
-from memstate_sa.maintenance.doctor import folded
+from memstate_sa.cli.display import Console, cell, counted, fact_name, facts_json, print_json, progress_bar
+from memstate_sa.cli.opening import open_memory, tracked_classes
+from memstate_sa.cli.options import App, JsonDocument, Url
 
-_EXAMPLES = 20  # facts of each kind that are named
+if TYPE_CHECKING:
+    from memstate_sa import Diagnosis, Memory
+
+_EXAMPLES = 20  # the most facts of each kind that are named
+_DRIFT = ("missing", "ghost", "stale", "pending")
 
 
 def verify(
     app: App,
-    url: Url,
-    repair: Annotated[bool, typer.Option("--repair", help="Deliver again what differs.")] = False,
+    url: Url = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Deliver the facts that differ again.")] = False,
+    as_json: JsonDocument = False,
 ) -> None:
-    """Compare every index with the database, by content. Exits with 1 when one differs and was not repaired."""
+    """Compare the content of every index with the database.
+
+    The exit code is 1 if an index differs and was not repaired.
+
+    memstate-sa verify
+    memstate-sa verify --repair
+    """
     with open_memory(app, url) as (memory, engine):
-        console = Console()
-        with Progress(console=console, transient=True) as progress:
-            update = progress_of(progress, "comparing")
+        with progress_bar("comparing") as update:
             report = memory.verify(engine, repair=repair, progress=update)
-        kinds = ("missing", "ghost", "stale", "pending")
-        facts_by_kind: dict[str, list[tuple[str, object]]] = {kind: getattr(report, kind) for kind in kinds}
-        table = Table("rows checked", *kinds)
+        facts_by_kind = {kind: getattr(report, kind) for kind in _DRIFT}
+        is_right = report.clean or repair
+        if as_json:
+            facts = {kind: facts_json(pairs) for kind, pairs in facts_by_kind.items()}
+            print_json({"checked": report.checked, **facts, "clean": report.clean})
+            raise typer.Exit(0 if is_right else 1)
+        console = Console()
+        table = Table("rows checked", *_DRIFT)
         table.add_row(str(report.checked), *(str(len(facts)) for facts in facts_by_kind.values()))
         console.print(table)
-        _print_facts(facts_by_kind)
+        _print_facts(console, facts_by_kind)
         if report.clean:
             console.print("[green]Nothing has drifted.[/]")
         elif repair:
             waiting = sum(backlog.parked + backlog.dead for backlog in memory.status(engine).values())
-            console.print(f"{waiting} facts wait for the relay that is running." if waiting else "[green]Repaired.[/]")
+            console.print(
+                f"{counted(waiting, 'fact waits', 'facts wait')} for the running relay."
+                if waiting
+                else "[green]Repaired.[/]"
+            )
         else:
-            console.print("[red]There is drift;[/] --repair delivers these facts again.")
+            console.print("[red]The index has drifted.[/] --repair delivers these facts again.")
             raise typer.Exit(1)
 
 
 def doctor(
     app: App,
-    url: Url,
+    url: Url = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Log what was changed past the log, and deliver it.")
+        bool, typer.Option("--repair", help="Log the changes that bypassed the log, and deliver them.")
     ] = False,
+    as_json: JsonDocument = False,
 ) -> None:
-    """Compare the log with the tables, and look for what makes them differ. Exits with 1 when something is wrong."""
+    """Compare the log with the tables, and look for the causes of a difference.
+
+    The exit code is 1 if something is wrong.
+
+    memstate-sa doctor
+    memstate-sa doctor --repair
+    """
     with open_memory(app, url, must_have_tables=False) as (memory, engine):
+        with progress_bar("comparing") as update:
+            diagnosis = memory.doctor(engine, repair=repair, progress=update)
+        is_right = diagnosis.healthy or (repair and not diagnosis.has_problems)
+        if as_json:
+            _print_document(diagnosis, memory)
+            raise typer.Exit(0 if is_right else 1)
         console = Console()
-        with Progress(console=console, transient=True) as progress:
-            diagnosis = memory.doctor(engine, repair=repair, progress=progress_of(progress, "comparing"))
         table = Table("rows checked", "changed", "gone", "not in the log")
-        table.add_row(
-            str(diagnosis.checked), str(len(diagnosis.changed)), str(len(diagnosis.gone)), str(diagnosis.unlogged)
-        )
+        counts = (diagnosis.checked, len(diagnosis.changed), len(diagnosis.gone), diagnosis.unlogged)
+        table.add_row(*map(str, counts))
         console.print(table)
-        _print_facts({"changed": diagnosis.changed, "gone": diagnosis.gone})
-        for problem in folded(diagnosis.problems):
-            console.print(f"[red]{escape(problem.subject)}[/] {escape(problem.message)}", highlight=False)
+        _print_facts(console, {"changed": diagnosis.changed, "gone": diagnosis.gone})
+        _print_problems(console, diagnosis)
         if diagnosis.unlogged:
-            console.print(f"{diagnosis.unlogged} rows came before tracking, or past it. This logs and delivers them:")
-            names = [name_of(model, app) or "" for model in diagnosis.unlogged_by_class]
-            arguments = " ".join(names) if all(names) else "--restart"
-            console.print(f"memstate-sa backfill {arguments}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{counted(diagnosis.unlogged, 'row has', 'rows have')} no entry in the log. Run:")
+            command = f"memstate-sa backfill {' '.join(_unlogged(diagnosis, memory))}"
+            console.print(command, markup=False, highlight=False, soft_wrap=True)
         if diagnosis.healthy:
-            console.print("[green]The log tells what is in the tables.[/]")
-        elif repair and not diagnosis.has_problems:
-            console.print("[green]Reconciled;[/] the relay delivers it.")
-        else:
-            if diagnosis.changed or diagnosis.gone:
-                console.print("[red]The tables were changed past the log;[/] --repair logs that.")
+            console.print("[green]The log agrees with the tables.[/]")
+        elif is_right:
+            console.print("[green]Reconciled.[/] The relay delivers these facts.")
+        elif diagnosis.changed or diagnosis.gone:
+            console.print("[red]The tables were changed without the log.[/] --repair logs these changes.")
+        if not is_right:
             raise typer.Exit(1)
 
 
-def _print_facts(by_kind: Mapping[str, Sequence[tuple[str, object]]]) -> None:
-    console = Console()
+def _print_problems(console: Console, diagnosis: Diagnosis) -> None:
+    from memstate_sa.maintenance.doctor import folded
+
+    for problem in folded(diagnosis.problems):
+        console.print(f"[red]{escape(problem.subject)}[/] {escape(problem.message)}", highlight=False, soft_wrap=True)
+
+
+def _unlogged(diagnosis: Diagnosis, memory: Memory) -> dict[str, int]:
+    """The number of rows that the log has not seen, by entity."""
+    counts = diagnosis.unlogged_by_class
+    return {name: counts[item.model] for name, item in tracked_classes(memory).items() if item.model in counts}
+
+
+def _print_document(diagnosis: Diagnosis, memory: Memory) -> None:
+    from memstate_sa.maintenance.doctor import Risk
+
+    problems = [
+        {"subject": problem.subject, "message": problem.message, "risk": isinstance(problem, Risk)}
+        for problem in diagnosis.problems
+    ]
+    print_json(
+        {
+            "checked": diagnosis.checked,
+            "changed": facts_json(diagnosis.changed),
+            "gone": facts_json(diagnosis.gone),
+            "unlogged": diagnosis.unlogged,
+            "unlogged_by_entity": _unlogged(diagnosis, memory),
+            "problems": problems,
+            "healthy": diagnosis.healthy,
+        }
+    )
+
+
+def _print_facts(console: Console, by_kind: Mapping[str, Sequence[tuple[str, object]]]) -> None:
     for kind, facts in by_kind.items():
         for entity, key in facts[:_EXAMPLES]:
-            console.print(f"{kind}: {escape(entity)} {escape(repr(key))}", highlight=False)
+            console.print(f"{kind}: {cell(fact_name(entity, key))}", highlight=False, soft_wrap=True)
         if len(facts) > _EXAMPLES:
             console.print(f"{kind}: {len(facts) - _EXAMPLES} more")

@@ -1,118 +1,124 @@
-"""`log`, `diff`, `rollback`, `revoke`: what happened to facts, shown and undone."""
+"""`log`, `diff`, `rollback`, `revoke`: show what happened to facts, and undo it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pydantic_core
 import typer
-from sqlalchemy import Engine, inspect
-from sqlalchemy.orm import Session, sessionmaker
 
-from memstate_sa.cli.display import Console, changes_table
-from memstate_sa.cli.opening import App, Url, fail, load_model, open_memory
-from memstate_sa.log.changes import Change
-from memstate_sa.memory import Memory
-from memstate_sa.runtime.printable import printable
-from memstate_sa.undo.undo import OnConflict, Revocation
+from memstate_sa.cli.display import Console, counted, print_changes, print_json
+from memstate_sa.cli.errors import fail
+from memstate_sa.cli.opening import load_model, open_memory
+from memstate_sa.cli.options import App, DryRun, JsonLines, OfActor, OfModel, OfSession, Url, Yes
 
-OfModel = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Only facts of this class.")]
-OfSession = Annotated[str | None, typer.Option("--session-id", help="Only what this agent session did.")]
-OfActor = Annotated[str | None, typer.Option("--actor", help="Only what this actor did.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be undone, and undo nothing.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+    from sqlalchemy.orm import Session
+
+    from memstate_sa import Change, Memory
+    from memstate_sa.undo.undo import Revocation
+
+OnConflict = Annotated[
+    Literal["raise", "skip", "force"],
+    typer.Option(help="If others changed a fact later: stop, leave that fact alone, or overwrite their change."),
+]
 
 
 def log(
     app: App,
-    url: Url,
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Only facts of this class.")] = None,
+    url: Url = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Only facts of this class: its name or its entity.")
+    ] = None,
     key: Annotated[
-        str | None, typer.Argument(metavar="KEY", help="Only this one: its primary key; composite, as a JSON array.")
+        str | None, typer.Argument(metavar="KEY", help="Only the fact with this primary key. Composite: a JSON array.")
     ] = None,
     of_model: OfModel = None,
-    of_key: Annotated[str | None, typer.Option("--key", metavar="KEY", help="With --model: only this one.")] = None,
+    of_key: Annotated[str | None, typer.Option("--key", metavar="KEY", help="The same as KEY, with --model.")] = None,
     session_id: OfSession = None,
     actor: OfActor = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show the last N changes.")] = 20,
-    as_json: AsJson = False,
+    as_json: JsonLines = False,
 ) -> None:
-    """Show what happened: to all facts, to those of a class, or to one.
+    """Show what happened to all facts, to the facts of a class, or to one fact.
 
-    \b
-    memstate-sa log                       the last changes of all
-    memstate-sa log Preference 7          the history of one fact
-    memstate-sa log --actor ana --json    what ana did, for a program
+    memstate-sa log                        all facts
+    memstate-sa log Preference 7           one fact
+    memstate-sa log --actor ana --json     one actor, for a program
     """
     with open_memory(app, url) as (memory, engine), _session(memory, engine) as session:
         model, key = model or of_model, key or of_key
         if model is None and key is not None:
-            raise typer.BadParameter("of which --model?", param_hint="--key")
-        model_class = None if model is None else load_model(model, app)
+            raise typer.BadParameter("A key needs a class. Give --model too.", param_hint="--key")
+        model_class = None if model is None else load_model(model, memory, app)
         fact = None if key is None else _key(model_class, key)
         changes = memory.history(session, model_class, fact, actor=actor, session_id=session_id, limit=limit + 1)
         _show_changes(changes[-limit:], as_json=as_json)
-        if len(changes) > limit and not as_json:
-            Console().print(f"The last {limit} changes; --limit shows more.")
+        if len(changes) > limit:
+            Console(stderr=True).print("There are older changes. --limit shows more.")
 
 
 def diff(
     app: App,
-    url: Url,
-    a: Annotated[str, typer.Argument(metavar="A", help="A time (UTC, if it does not say), or a transaction.")],
-    b: Annotated[str | None, typer.Argument(metavar="B", help="Another. Default: now.")] = None,
+    a: Annotated[str, typer.Argument(metavar="A", help="A time (UTC, unless it names a zone) or a transaction.")],
+    b: Annotated[str | None, typer.Argument(metavar="B", help="A later time or transaction. Default: now.")] = None,
+    url: Url = None,
     model: OfModel = None,
-    as_json: AsJson = False,
+    as_json: JsonLines = False,
 ) -> None:
     """Show what became of each fact between two moments.
 
-    \b
-    memstate-sa diff 2026-03-01                     since the first of March
-    memstate-sa diff 2026-03-01 2026-03-01T12:00    on its morning
+    memstate-sa diff 2026-03-01                      since the first of March
+    memstate-sa diff 2026-03-01 2026-03-01T12:00     on its morning
     """
     with open_memory(app, url) as (memory, engine), _session(memory, engine) as session:
-        model_class = None if model is None else load_model(model, app)
+        model_class = None if model is None else load_model(model, memory, app)
         changes = memory.diff(session, _moment(a), None if b is None else _moment(b), model_class)
         _show_changes(changes, as_json=as_json)
 
 
 def rollback(
     app: App,
-    url: Url,
-    steps: Annotated[int, typer.Option(min=1, help="How many transactions to undo, newest first.")] = 1,
+    url: Url = None,
+    steps: Annotated[int, typer.Option(min=1, help="Undo this number of transactions, newest first.")] = 1,
     session_id: OfSession = None,
     actor: OfActor = None,
     model: OfModel = None,
     to: Annotated[
-        str | None, typer.Option(metavar="TIME|TX", help="Instead: all since a time (UTC), or since a transaction.")
+        str | None,
+        typer.Option(
+            metavar="TIME|TX", help="Instead of --steps: undo everything since this time (UTC) or transaction."
+        ),
     ] = None,
-    tx: Annotated[str | None, typer.Option(help="Instead: this transaction; of a rollback, to redo.")] = None,
-    on_conflict: Annotated[
-        OnConflict, typer.Option(help="What to do with facts that others have changed since.")
-    ] = "raise",
+    tx: Annotated[
+        str | None, typer.Option(metavar="TX", help="Undo this transaction. If it is a rollback, that is a redo.")
+    ] = None,
+    on_conflict: OnConflict = "raise",
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> None:
-    """Undo the last transactions, as new ones, after showing what that means. The vectors follow through the relay.
+    """Undo the last transactions, after showing their changes. The relay updates the indexes.
 
-    \b
     memstate-sa rollback --steps 3                   the last three
-    memstate-sa rollback --actor ana --dry-run       ana's last one; only show it
-    memstate-sa rollback --to 2026-03-01T12:00       all since noon
+    memstate-sa rollback --actor ana --dry-run       only show ana's last one
+    memstate-sa rollback --to 2026-03-01T12:00       everything since noon
     """
+    if tx is not None and to is not None:
+        raise typer.BadParameter("Give --tx or --to, not both.", param_hint="--tx")
 
     def undo(memory: Memory, session: Session, *, dry_run: bool) -> Revocation:
+        from memstate_sa.undo.undo import Revocation
+
         changes = memory.rollback(
             session,
             steps,
             session_id=session_id,
             actor=actor,
-            model=None if model is None else load_model(model, app),
+            model=None if model is None else load_model(model, memory, app),
             to=None if to is None else _moment(to),
             tx=tx,
             on_conflict=on_conflict,
@@ -125,25 +131,25 @@ def rollback(
 
 def revoke(
     app: App,
-    url: Url,
+    url: Url = None,
     session_id: OfSession = None,
     actor: OfActor = None,
-    tx: Annotated[list[str] | None, typer.Option(help="This transaction; may be repeated.")] = None,
+    tx: Annotated[list[str] | None, typer.Option(metavar="TX", help="Undo this transaction. May be repeated.")] = None,
     model: OfModel = None,
-    on_conflict: Annotated[
-        OnConflict, typer.Option(help="What to do with facts that others have changed since.")
-    ] = "skip",
+    on_conflict: OnConflict = "skip",
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> None:
-    """Take out all that one actor, session or transaction did, from among what others did, after showing it.
+    """Undo everything that one actor, session or transaction did, after showing it. The work of others stays.
 
-    Changes that others have built upon stay. They are shown, with the changes that are in the way.
+    Changes that others have built upon are kept.
+    The command shows them, with the changes that are in the way.
 
-    \b
     memstate-sa revoke --session-id run-17
     memstate-sa revoke --actor importer --on-conflict force --yes
     """
+    if session_id is None and actor is None and not tx:
+        raise typer.BadParameter("Give one of them, to say whose changes.", param_hint="--actor, --session-id or --tx")
 
     def undo(memory: Memory, session: Session, *, dry_run: bool) -> Revocation:
         return memory.revoke(
@@ -151,7 +157,7 @@ def revoke(
             session_id=session_id,
             actor=actor,
             tx=tx or (),
-            model=None if model is None else load_model(model, app),
+            model=None if model is None else load_model(model, memory, app),
             on_conflict=on_conflict,
             dry_run=dry_run,
         )
@@ -159,8 +165,8 @@ def revoke(
     _undo(app, url, undo, dry_run=dry_run, yes=yes)
 
 
-def _undo(app: str, url: str, undo: Callable[..., Revocation], *, dry_run: bool, yes: bool) -> None:
-    """Plan, ask, do: nothing is locked while somebody makes up his mind."""
+def _undo(app: str, url: str | None, undo: Callable[..., Revocation], *, dry_run: bool, yes: bool) -> None:
+    """Plan, ask, undo. No row is locked while the command waits for an answer."""
     with open_memory(app, url) as (memory, engine), _session(memory, engine) as session:
         plan = None if yes and not dry_run else undo(memory, session, dry_run=True)
         session.rollback()
@@ -169,15 +175,15 @@ def _undo(app: str, url: str, undo: Callable[..., Revocation], *, dry_run: bool,
             if dry_run or not plan.reverted:
                 Console().print("Nothing was changed (--dry-run)." if dry_run else "There is nothing to undo.")
                 return
-            typer.confirm(f"Undo {len(plan.reverted)} changes?", abort=True)
-        done = undo(memory, session, dry_run=False)
-        if plan is not None and _facts(plan.reverted) != _facts(done.reverted):
+            typer.confirm(f"Undo {counted(len(plan.reverted), 'change', 'changes')}?", abort=True)
+        result = undo(memory, session, dry_run=False)
+        if plan is not None and _facts(plan.reverted) != _facts(result.reverted):
             session.rollback()
-            fail("others have changed these facts meanwhile, so nothing was undone: look again")
+            fail("Nothing was undone: another transaction has just changed these facts. Run the command again.")
         session.commit()
         if plan is None:
-            _print_revocation(done)
-        Console().print(f"{len(done.reverted)} changes undone.")
+            _print_revocation(result)
+        Console().print(f"{counted(len(result.reverted), 'change', 'changes')} undone.")
 
 
 def _facts(changes: Iterable[Change]) -> list[Any]:
@@ -186,6 +192,8 @@ def _facts(changes: Iterable[Change]) -> list[Any]:
 
 @contextmanager
 def _session(memory: Memory, engine: Engine) -> Iterator[Session]:
+    from sqlalchemy.orm import sessionmaker
+
     sessions = sessionmaker(engine)
     memory.attach(sessions)
     with sessions() as session:
@@ -193,7 +201,7 @@ def _session(memory: Memory, engine: Engine) -> Iterator[Session]:
 
 
 def _moment(text: str) -> datetime | str:
-    """A time; what is none is taken for a transaction. UTC, as `log` shows it."""
+    """The time that *text* names, in UTC by default as `log` shows it. Other text names a transaction."""
     try:
         at = datetime.fromisoformat(text)
     except ValueError:
@@ -202,27 +210,44 @@ def _moment(text: str) -> datetime | str:
 
 
 def _key(model: Any, text: str) -> Any:
+    """The primary key that *text* writes as `log` shows it. A composite key is a JSON array."""
+    from pydantic import ConfigDict, TypeAdapter
+    from sqlalchemy import inspect
+
     columns = inspect(model).primary_key
+    types: Any = tuple(map(_python_type, columns))
+    adapter: TypeAdapter[Any] = TypeAdapter(tuple[types], config=ConfigDict(val_json_bytes="hex"))
     try:
-        if len(columns) > 1:
-            return tuple(json.loads(text))
-        kind = columns[0].type.python_type
-        return text if kind is str else kind(text)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise typer.BadParameter(f"{text!r} is not a key of {model.__name__}: {error}", param_hint="KEY") from error
+        values = json.loads(text) if len(columns) > 1 else [text]
+        key = adapter.validate_json(json.dumps(values))
+    except ValueError as error:
+        names = ", ".join(f"{column.name} ({_python_type(column).__name__})" for column in columns)
+        form = "a JSON array of " if len(columns) > 1 else ""
+        message = f"{text!r} is not a key of {model.__name__}, which is {form}{names}."
+        raise typer.BadParameter(message, param_hint="KEY") from error
+    return key if len(columns) > 1 else key[0]
 
 
-def _show_changes(changes: Collection[Change], *, as_json: bool) -> None:
+def _python_type(column: Any) -> type[Any]:
+    try:
+        python_type: type[Any] = column.type.python_type
+    except NotImplementedError:
+        return str
+    return python_type
+
+
+def _show_changes(changes: Sequence[Change], *, as_json: bool) -> None:
     if as_json:
         for change in changes:
-            line = pydantic_core.to_json(change, bytes_mode="hex", inf_nan_mode="strings", fallback=str)
-            typer.echo(printable(line.decode()))
+            print_json(change)
+    elif changes:
+        print_changes(Console(), changes)
     else:
-        Console().print(changes_table(changes))
+        Console(stderr=True).print("There are no such changes.")
 
 
-def _print_revocation(done: Revocation) -> None:
+def _print_revocation(revocation: Revocation) -> None:
     console = Console()
-    for title, changes in (("", done.reverted), ("kept", done.kept), ("in the way", done.conflicts)):
-        if changes or not title:
-            console.print(changes_table(changes, title))
+    for title, changes in (("", revocation.reverted), ("kept", revocation.kept), ("in the way", revocation.conflicts)):
+        if changes:
+            print_changes(console, changes, title)

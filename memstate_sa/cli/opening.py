@@ -1,73 +1,199 @@
-"""The Memory and the database that a command works on, as its options name them, and its errors."""
+"""The Memory and the database that a command works on, as its options name them."""
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 import typer
-from rich.markup import escape
-from sqlalchemy import Engine, inspect
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from memstate_sa.cli.display import Console, changes_table
-from memstate_sa.db.dialects import BY_NAME, SQLITE
-from memstate_sa.db.engines import make_engine
-from memstate_sa.errors import ConflictError, MemstateError
-from memstate_sa.log.changes import Change
-from memstate_sa.memory import Memory
+from memstate_sa.cli.errors import did_you_mean, exit_on_error, fail, unknown
 
-App = Annotated[
-    str,
-    typer.Option("--app", envvar="MEMSTATE_APP", metavar="MODULE:ATTRIBUTE", help="Your Memory: shop.memory:memory"),
-]
-Url = Annotated[
-    str, typer.Option("--url", envvar="MEMSTATE_URL", help="Your database: postgresql+psycopg://user@host/shop")
-]
-Indexes = Annotated[list[str] | None, typer.Option("--index", help="Its name; may be repeated. Default: all.")]
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from memstate_sa import Memory
+    from memstate_sa.tracking.tracked import Tracked
+
+_EXAMPLES = "Write for example sqlite:///app.db or postgresql+psycopg://user@host/app."
+_POSTGRESQL = {"postgres", "pgsql", "psql", "pg"}  # names that others give to it
 
 
 @contextmanager
 def open_memory(
-    app: str, url: str, *, must_exist: bool = True, must_have_tables: bool = True
+    app: str, url: str | None, *, must_exist: bool = True, must_have_tables: bool = True, default_url: str | None = None
 ) -> Iterator[tuple[Memory, Engine]]:
-    """The Memory of *app*, and an engine on *url*.
+    """The Memory of *app*, and an engine on *url*, or the engine of a MemoryStore, or one on *default_url*.
 
     The command fails unless the database exists (*must_exist*) and has our tables (*must_have_tables*).
     """
-    memory = _load(app, "--app")
-    if not isinstance(memory, Memory):
-        raise typer.BadParameter(f"{app} is a {type(memory).__name__}, not a Memory", param_hint="--app")
-    engine = _engine(memory, url)
-    try:
-        with exit_on_error():
-            if must_exist:
+    with exit_on_error(), ExitStack() as stack:
+        target = load(app, "--app")
+        memory = _memory_of(app, target)
+        if memory is not target:  # a store's own relay ends with the command
+            stack.callback(memory.close)
+        if url is None and memory is not target:
+            engine: Engine = target.engine
+        else:
+            engine = _engine(memory, url or default_url)
+            stack.callback(engine.dispose)
+            if must_exist and url is not None:
                 require_database(url)
-            if must_have_tables and not inspect(engine).has_table("memstate_log"):
-                fail("the tables of memstate_sa are not in this database; `memstate-sa init` or Alembic creates them")
-            yield memory, engine
-    finally:
-        engine.dispose()
+        if must_have_tables:
+            _require_tables(engine)
+        yield memory, engine
+
+
+def _require_tables(engine: Engine) -> None:
+    from sqlalchemy import inspect
+
+    if not inspect(engine).has_table("memstate_log"):
+        fail("This database has no tables of memstate_sa. Create them with `memstate-sa init` or with Alembic.")
+
+
+# -- the application -------------------------------------------------------------------------------------------------
+
+
+def load(path: str, option: str) -> Any:
+    """The object at ``module:name``. The working directory is searched first, as uvicorn does it."""
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise typer.BadParameter(
+            f"{path!r} is not of the form module:name. Write shop.memory:memory.", param_hint=option
+        )
+    if "/" in module_name or module_name.endswith(".py"):
+        module_name = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise typer.BadParameter(f"Give a module, not a file: {module_name}:{name}", param_hint=option)
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    module = _import(module_name, option)
+    try:
+        return attrgetter(name)(module)
+    except AttributeError as error:
+        others = _memory_names(module) if option == "--app" else [other for other in vars(module) if other[0] != "_"]
+        hint = did_you_mean(name, others)
+        raise typer.BadParameter(
+            f"Module {module_name!r} has no attribute {name!r}.{hint}", param_hint=option
+        ) from error
+
+
+def _import(name: str, option: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            fail(import_failure(name, error))  # a module that the application needs
+        raise typer.BadParameter(
+            f"Cannot find the module {error.name!r} in {Path.cwd()} or among the installed packages. "
+            "Run the command in the folder of your project.",
+            param_hint=option,
+        ) from error
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # the application's own code runs here
+        fail(import_failure(name, error))
+
+
+def import_failure(name: str, error: BaseException) -> str:
+    """The application's error and its line, without the traceback."""
+    message = f"Cannot import {name!r}. {type(error).__name__}: {getattr(error, 'msg', '') or error}"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{message}\n  {error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    frames = [frame for frame in frames if Path(frame.filename) != Path(__file__)]
+    here = [frame for frame in frames if _is_application_file(frame.filename)] or frames
+    return f"{message}\n  {here[-1].filename}:{here[-1].lineno}: {here[-1].line}" if here else message
+
+
+def _is_application_file(name: str) -> bool:
+    path = Path(name)
+    return path.is_relative_to(Path.cwd()) and "site-packages" not in path.parts
+
+
+def _memory_of(path: str, target: Any) -> Memory:
+    """The Memory that *target* is, or that it has as a MemoryStore does."""
+    from memstate_sa import Memory
+
+    memory = target if isinstance(target, Memory) else getattr(target, "memory", None)
+    if isinstance(memory, Memory):
+        return memory
+    module = sys.modules[path.partition(":")[0]]
+    names = [f"{module.__name__}:{name}" for name in _memory_names(module)]
+    if names:
+        hint = f"Did you mean {' or '.join(names)}?"
+    else:
+        hint = "Name one at the top level of your module, for example memory = Memory(…)."
+    kind = "it is a class" if inspect.isclass(target) else "it is a function" if callable(target) else None
+    kind = kind or f"its type is {type(target).__name__}"
+    raise typer.BadParameter(f"{path} is not a Memory or a MemoryStore ({kind}). {hint}", param_hint="--app")
+
+
+def _memory_names(module: ModuleType) -> list[str]:
+    """The names of the Memory and MemoryStore objects at the top level of *module*."""
+    from memstate_sa import Memory
+
+    return [name for name, value in vars(module).items() if isinstance(getattr(value, "memory", value), Memory)]
+
+
+# -- names of classes and indexes ------------------------------------------------------------------------------------
+
+
+def tracked_classes(memory: Memory) -> Mapping[str, Tracked]:
+    """The tracked classes by entity."""
+    return memory._registry.by_entity  # noqa: SLF001  # of the same package
+
+
+def load_model(name: str, memory: Memory, app: str) -> Any:
+    """The class of that entity or class name, or the class at ``module:Class``."""
+    if ":" in name:
+        return load(name, "MODEL")
+    classes = tracked_classes(memory)
+    if name in classes:
+        return classes[name].model
+    by_name = {tracked.model.__name__: tracked.model for tracked in classes.values()}
+    model = by_name.get(name) or getattr(sys.modules.get(app.partition(":")[0]), name, None)
+    return model or unknown("class", name, [*by_name, *(set(classes) - set(by_name))], "MODEL")
+
+
+def load_models(names: Iterable[str] | None, memory: Memory, app: str) -> list[Any]:
+    return [load_model(name, memory, app) for name in names or ()]
+
+
+def index_names(names: list[str] | None, memory: Memory) -> list[str]:
+    """*names*, which the Memory has to have."""
+    for name in names or ():
+        if name not in memory.indexes:
+            unknown("index", name, memory.indexes, "--index")
+    return names or []
+
+
+# -- the database ----------------------------------------------------------------------------------------------------
 
 
 def require_database(url: str) -> None:
-    """Fail where *url* names no SQLite file: to look into one that is not there would make it."""
+    """Fail where *url* names a SQLite file that is not there. To connect would create it."""
     if file := missing_file(url):
-        fail(f"there is no such database: {file.absolute()} does not exist")
+        fail(f"There is no such database: {file.absolute()} does not exist.")
 
 
 def missing_file(url: str) -> Path | None:
     """The SQLite file that connecting to *url* would create."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    from memstate_sa.db.dialects import BY_NAME, SQLITE
+
     try:
         parsed = make_url(url)
-    except ArgumentError:  # it is said where the URL is used
+    except (ArgumentError, ValueError):  # `_engine` reports it
         return None
     name = parsed.database or ":memory:"
     if BY_NAME.get(parsed.get_backend_name()) is not SQLITE or parsed.query.get("mode") == "memory":
@@ -76,70 +202,41 @@ def missing_file(url: str) -> Path | None:
     return None if path == ":memory:" or Path(path).exists() else Path(path)
 
 
-def _engine(memory: Memory, url: str) -> Engine:
+def _engine(memory: Memory, url: str | None) -> Engine:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    from memstate_sa.db.dialects import BY_NAME
+    from memstate_sa.db.engines import make_engine
+
+    if url is None:
+        _refuse(f"There is no URL, and a Memory has no database of its own. {_EXAMPLES}")
     try:
         parsed = make_url(url)
+    except (ArgumentError, ValueError):  # their messages may quote the URL, and its password
+        _refuse(f"This is not a database URL. {_EXAMPLES}")
+    kind = parsed.get_backend_name()
+    if kind in _POSTGRESQL:
+        _refuse(f"SQLAlchemy does not know {kind}://. Write postgresql+psycopg://…")
+    if kind not in BY_NAME:
+        _refuse(f"memstate_sa does not support {kind}. It works with PostgreSQL and SQLite. {_EXAMPLES}")
+    try:
         if parsed.get_dialect().is_async:
             from sqlalchemy.ext.asyncio import create_async_engine
 
             return memory.sync_engine(create_async_engine(parsed))
         return make_engine(parsed)
-    except NoSuchModuleError as error:
-        problem = str(error)
-    except ArgumentError:  # its message may quote the URL, and that its password
-        problem = "not a SQLAlchemy URL, which looks like sqlite:///app.db or postgresql+psycopg://user@host/app"
+    except NoSuchModuleError:
+        _refuse(f"SQLAlchemy does not know the driver of {parsed.drivername}://. {_EXAMPLES}")
     except ModuleNotFoundError as error:
-        problem = f"its driver {error.name} is not installed"
+        _refuse(f"The driver {error.name} is not installed. {_driver_hint(parsed.drivername)}")
+
+
+def _driver_hint(drivername: str) -> str:
+    if drivername == "postgresql+psycopg":
+        return "Run: pip install 'memstate-sa[postgres]'"
+    return _EXAMPLES
+
+
+def _refuse(problem: str) -> NoReturn:
     raise typer.BadParameter(problem, param_hint="--url")
-
-
-def _load(path: str, option: str) -> Any:
-    """The object at ``module:attribute``, looked for in the working directory first, as uvicorn does."""
-    module, colon, attribute = path.partition(":")
-    if not (module and colon and attribute):
-        raise typer.BadParameter(f"{path!r} is not of the form module:attribute", param_hint=option)
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return attrgetter(attribute)(import_module(module))
-    except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"cannot import {module!r}: {error}", param_hint=option) from error
-    except AttributeError as error:
-        raise typer.BadParameter(f"{path}: {error}", param_hint=option) from error
-
-
-def load_model(name: str, app: str) -> Any:
-    return _load(name if ":" in name else f"{app.partition(':')[0]}:{name}", "MODEL")
-
-
-def name_of(model: type[Any], app: str) -> str | None:
-    """The shortest name by which `load_model` finds *model*; None of a class that is in a function."""
-    for name in (model.__qualname__, f"{model.__module__}:{model.__qualname__}"):
-        with suppress(typer.BadParameter):
-            if load_model(name, app) is model:
-                return name
-    return None
-
-
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Show an error that a user can act on as a message, and exit with code 1."""
-    try:
-        yield
-    except ConflictError as error:
-        fail(str(error), error.changes)
-    except MemstateError as error:
-        fail(str(error))
-    except DBAPIError as error:
-        fail(f"the database answered: {error.orig}")
-    except SQLAlchemyError as error:
-        fail(str(error))
-
-
-def fail(message: str, conflicts: Sequence[Change] = ()) -> NoReturn:
-    console = Console(stderr=True)
-    console.print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    if conflicts:
-        console.print(changes_table(conflicts, "in the way"))
-    raise typer.Exit(1)

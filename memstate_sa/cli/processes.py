@@ -1,11 +1,10 @@
-"""A relay as a process of its own: logs, signals, metrics, and a supervisor for several of them.
+"""The relay as a process of its own: its logs, its signals, and a supervisor of several relays.
 
-How processes of the command line are started and ended is here for `backfill`, too.
+`backfill` starts and ends its processes with the same functions.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -13,22 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from socketserver import ThreadingMixIn
-from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from pythonjsonlogger.json import JsonFormatter
-from rich.logging import RichHandler
-from sqlalchemy import Engine, select
-from sqlalchemy.exc import SQLAlchemyError
-
-from memstate_sa.errors import MemstateError
-from memstate_sa.relay import Relay
-from memstate_sa.relay.backlog import Backlog
+from memstate_sa.errors import MissingExtra
 from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.worker")
@@ -37,28 +24,58 @@ Process = subprocess.Popen[bytes]
 
 _RESTART_S = (1.0, 30.0)
 _GRACE_S = 60.0
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
-def configure_logging(*, as_json: bool) -> None:
-    """Log records of memstate_sa to stderr: for people, or one JSON object a line."""
-    handler: logging.Handler
+def configure_logging(*, level: str, as_json: bool, worker: int) -> None:
+    """Send log records of memstate_sa to stderr: for people on a terminal, else one line each, or one JSON object."""
+    handler: logging.Handler = logging.StreamHandler()
     if as_json:
-        handler = logging.StreamHandler()
-        fields = "{asctime}{levelname}{name}{message}{process}"
-        handler.setFormatter(JsonFormatter(fields, style="{", rename_fields={"asctime": "at", "levelname": "level"}))
-    else:
+        handler.setFormatter(_json_formatter(worker))
+    elif sys.stderr.isatty():
         from rich.console import Console
+        from rich.logging import RichHandler
 
         handler = RichHandler(console=Console(stderr=True), show_path=False)
+    else:
+        handler.setFormatter(_LineFormatter(worker))
     package = logging.getLogger("memstate_sa")
     package.handlers[:] = [handler]
-    package.setLevel(logging.INFO)
+    package.setLevel(level.upper())
     package.propagate = False
+
+
+class _LineFormatter(logging.Formatter):
+    """A record in one line, its traceback too. A log system takes each line for a record."""
+
+    def __init__(self, worker: int) -> None:
+        fields = f"%(asctime)s %(levelname)s worker={worker} pid=%(process)d %(name)s: %(message)s"
+        super().__init__(fields, _TIME)
+        self.converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\n", " | ")
+
+
+def _json_formatter(worker: int) -> logging.Formatter:
+    try:
+        from pythonjsonlogger.json import JsonFormatter
+    except ModuleNotFoundError as error:
+        raise MissingExtra("python-json-logger", "cli") from error
+    formatter = JsonFormatter(
+        "{asctime}{levelname}{name}{message}{process}",
+        datefmt=_TIME,
+        style="{",
+        rename_fields={"asctime": "at", "levelname": "level"},
+        static_fields={"worker": worker},
+    )
+    formatter.converter = time.gmtime
+    return formatter
 
 
 @contextmanager
 def interruption() -> Iterator[threading.Event]:
-    """Set by SIGINT or SIGTERM, while the context lasts."""
+    """An event that SIGINT or SIGTERM sets, while the context lasts."""
     interrupted = threading.Event()
     before = {number: signal.signal(number, lambda *_: interrupted.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -68,113 +85,20 @@ def interruption() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-# -- metrics ----------------------------------------------------------------------------------------------------------
-
-_GAUGES: Mapping[str, tuple[str, Callable[[Backlog], float]]] = {
-    "oldest_undelivered_seconds": ("Age of the oldest change not delivered", lambda backlog: backlog.oldest_s or 0.0),
-    "backlog_keys": ("Changed keys not delivered", lambda backlog: backlog.pending),
-    "parked_keys": ("Keys refused, to be tried again", lambda backlog: backlog.parked),
-    "dead_keys": ("Keys refused too often", lambda backlog: backlog.dead),
-    "refilling": ("1 while the index is delivered in full", lambda backlog: backlog.refilling),
-    "paused": ("1 while the index is paused", lambda backlog: backlog.paused),
-}
-_COUNTERS: Mapping[str, tuple[str, str]] = {
-    "converged_keys": ("Keys brought up to date by this worker", "converged"),
-    "embedded_texts": ("Texts given to the embedder", "embedded"),
-    "reused_vectors": ("Embeddings saved: only metadata changed, or the index or the cache had it", "reused"),
-    "unchanged_keys": ("Embeddings saved: the index had it all", "unchanged"),
-    "rejected_keys": ("Refusals by index or embedder", "rejected"),
-    "lost_slots": ("Slots that another worker took over while this one was late", "lost"),
-}
-
-
-class _Collector:
-    """The metrics, read when Prometheus asks. The gauges are the database's: the same from every worker."""
-
-    def __init__(self, relay: Relay, status: Callable[[], Mapping[str, Backlog]]) -> None:
-        self._relay = relay
-        self._status = status
-
-    def collect(self) -> Iterable[Metric]:
-        backlogs = self._status()
-        for name, (text, value) in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"memstate_{name}", text, labels=["index"])
-            for index, backlog in backlogs.items():
-                gauge.add_metric([index], float(value(backlog)))
-            yield gauge
-        counters = self._relay.counters()
-        for name, (text, attribute) in _COUNTERS.items():
-            counter = CounterMetricFamily(f"memstate_{name}", text, labels=["index"])
-            for index, counts in counters.items():
-                counter.add_metric([index], float(getattr(counts, attribute)))
-            yield counter
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _QuietHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # as in the base class
-        logger.debug(format, *args)
-
-
-@contextmanager
-def metrics_server(
-    relay: Relay, engine: Engine, status: Callable[[], Mapping[str, Backlog]], host: str, port: int
-) -> Iterator[int]:
-    """Serve ``/metrics`` (Prometheus) and ``/readyz`` (200, or 503 and why); the port, which 0 leaves to the system."""
-    registry = CollectorRegistry()
-    registry.register(_Collector(relay, status))
-    metrics = make_wsgi_app(registry)
-
-    def application(environ: Any, start_response: Any) -> Any:
-        if environ["PATH_INFO"] != "/readyz":
-            return metrics(environ, start_response)
-        problems = _problems(relay, engine)
-        code = "503 Service Unavailable" if problems else "200 OK"
-        start_response(code, [("Content-Type", "application/json")])
-        return [json.dumps({"ready": not problems, "problems": problems}).encode()]
-
-    try:
-        server = make_server(host, port, application, _Server, _QuietHandler)
-    except OSError as error:
-        raise MemstateError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
-    thread = threading.Thread(target=server.serve_forever, name="memstate-metrics", daemon=True)
-    thread.start()
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def _problems(relay: Relay, engine: Engine) -> dict[str, str]:
-    """The reasons why this worker is not ready. Cheap: it is asked all the time."""
-    problems = relay.problems()
-    try:
-        with engine.connect() as connection:
-            connection.execute(select(1))
-    except SQLAlchemyError as error:
-        problems["the database"] = type(error).__name__
-    return problems
-
-
 # -- several workers --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def child_processes(environment: Mapping[str, str], *, stdout: int | None = None) -> Iterator[Callable[..., Process]]:
-    """A function that starts a process of this command line, by its arguments; all end with the context.
+    """A function that starts this command line with other arguments. The processes end with the context.
 
-    What should not show in a list of processes travels in *environment*.
+    Secrets belong in *environment*: a list of processes shows the arguments.
     """
     running: list[Process] = []
 
     def start(*arguments: str) -> Process:
-        running[:] = [process for process in running if process.poll() is None]  # a supervisor goes on for months
-        command = [sys.executable, "-m", "memstate_sa.cli", *arguments]
+        running[:] = [process for process in running if process.poll() is None]  # a supervisor runs for months
+        command = [sys.executable, "-m", "memstate_sa", *arguments]
         running.append(subprocess.Popen(command, env={**os.environ, **environment}, stdout=stdout))  # noqa: S603
         return running[-1]
 
@@ -192,12 +116,13 @@ def child_processes(environment: Mapping[str, str], *, stdout: int | None = None
 
 
 def supervise(workers: Sequence[Sequence[str]], environment: Mapping[str, str]) -> None:
-    """Run `memstate-sa relay` with each of these arguments, as `child_processes`, until SIGINT or SIGTERM.
+    """Run `memstate-sa relay` once for each list of arguments, until SIGINT or SIGTERM.
 
-    One that ends is started again.
+    A worker that ends is started again.
     """
+    commands = [["relay", "--worker", str(n), *arguments] for n, arguments in enumerate(workers, 1)]
     with interruption() as interrupted, child_processes(environment) as start:
-        running = {n: (time.monotonic(), start("relay", *arguments)) for n, arguments in enumerate(workers)}
+        running = {n: (time.monotonic(), start(*command)) for n, command in enumerate(commands)}
         delays = dict.fromkeys(running, _RESTART_S[0])
         while not interrupted.wait(0.2):
             for n, (since, process) in running.items():
@@ -210,4 +135,4 @@ def supervise(workers: Sequence[Sequence[str]], environment: Mapping[str, str]) 
                 if interrupted.wait(delays[n]):
                     break
                 delays[n] = min(2 * delays[n], _RESTART_S[1])
-                running[n] = (time.monotonic(), start("relay", *workers[n]))
+                running[n] = (time.monotonic(), start(*commands[n]))

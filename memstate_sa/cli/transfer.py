@@ -1,76 +1,73 @@
-"""`export`, `import`, `import-checkpoints`: facts, and LangGraph's checkpoints, from one database to another."""
+"""`export`, `import`, `import-checkpoints`: move facts and LangGraph's checkpoints between databases."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
-from memstate_sa.cli.display import Console, progress_of
-from memstate_sa.cli.opening import App, Url, load_model, open_memory, require_database
+from memstate_sa.cli.display import Console, counted, progress_bar
+from memstate_sa.cli.opening import load_models, open_memory, require_database
+from memstate_sa.cli.options import App, Url
 
 
 def export_facts(
     app: App,
-    url: Url,
     file: Annotated[
-        typer.FileTextWrite, typer.Argument(metavar="FILE|-", encoding="utf-8", help="To be written; - is stdout.")
+        typer.FileTextWrite, typer.Argument(metavar="FILE|-", encoding="utf-8", help="The new file, or - for stdout.")
     ],
+    url: Url = None,
     model: Annotated[
-        list[str] | None, typer.Option("--model", metavar="MODEL", help="Only facts of this class; may be repeated.")
+        list[str] | None, typer.Option("--model", metavar="MODEL", help="Only facts of this class. May be repeated.")
     ] = None,
 ) -> None:
-    """Write facts with their history to a file of JSON lines, all of it as at one moment.
+    """Write facts and their history to a file of JSON lines. The file shows one moment of the database.
 
-    \b
     memstate-sa export facts.jsonl
     memstate-sa export - --model Preference | gzip > preferences.jsonl.gz
     """
     with open_memory(app, url) as (memory, engine):
-        console = Console(stderr=True)
-        with Progress(console=console) as progress:
-            models = [load_model(name, app) for name in model or ()]
-            count = memory.export_facts(engine, file, models, progress=progress_of(progress, "exporting"))
-        console.print(f"{count} changes exported.")
+        models = load_models(model, memory, app)
+        with progress_bar("exporting") as update:
+            count = memory.export_facts(engine, file, models, progress=update)
+        Console(stderr=True).print(f"{counted(count, 'change', 'changes')} exported.")
 
 
 def import_facts(
     app: App,
-    url: Url,
     file: Annotated[
-        typer.FileText, typer.Argument(metavar="FILE|-", encoding="utf-8", help="Of `export`; - is stdin.")
+        typer.FileText, typer.Argument(metavar="FILE|-", encoding="utf-8", help="A file of `export`, or - for stdin.")
     ],
+    url: Url = None,
 ) -> None:
-    """Take in facts with their history, from a file of `export`: all of them, or nothing when anything is wrong.
+    """Read facts and their history from a file of `export`. An error imports nothing.
 
-    The database may be another one, or of another kind. The relay delivers what comes in.
+    The database may be another one, and of another kind.
+    The relay delivers the new facts.
 
-    \b
     memstate-sa import facts.jsonl
     zcat facts.jsonl.gz | memstate-sa import -
     """
     with open_memory(app, url) as (memory, engine):
-        console = Console(stderr=True)
-        with Progress(console=console) as progress:
-            count = memory.import_facts(engine, file, progress=progress_of(progress, "importing"))
-        console.print(f"{count} changes imported; the relay delivers what they end with.")
+        with progress_bar("importing") as update:
+            count = memory.import_facts(engine, file, progress=update)
+        Console(stderr=True).print(f"{counted(count, 'change', 'changes')} imported. The relay delivers the facts.")
 
 
 def import_langgraph(
     app: App,
-    url: Url,
-    source: Annotated[str, typer.Argument(metavar="URL", help="Of the database that LangGraph's own saver has used.")],
+    source: Annotated[str, typer.Argument(metavar="URL", help="The database of LangGraph's own saver.")],
+    url: Url = None,
     threads: Annotated[
-        list[str] | None, typer.Option("--thread", help="Only this thread; may be repeated. Default: all.")
+        list[str] | None, typer.Option("--thread", metavar="ID", help="Only this thread. May be repeated.")
     ] = None,
 ) -> None:
-    r"""Copy the checkpoints that LangGraph's PostgresSaver or SqliteSaver has stored; what is there stays as it is.
+    """Copy the checkpoints of LangGraph's PostgresSaver or SqliteSaver. Existing checkpoints stay as they are.
 
-    It may be run again, for what has come since. Nothing is unpickled: where a saver pickled, or encrypted, use
-    memstate_sa.integrations.langgraph.import_checkpoints with the serializer.
+    Run it again to copy newer checkpoints. It unpickles nothing.
+    Are checkpoints pickled or encrypted? Call import_checkpoints with your
+    serializer, from memstate_sa.integrations.langgraph.import_checkpoints.
 
-    \b
     memstate-sa import-checkpoints postgresql://app@db/shop
     memstate-sa import-checkpoints sqlite:///checkpoints.db --thread 17 --thread 18
     """
@@ -79,9 +76,6 @@ def import_langgraph(
         from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer
         from memstate_sa.integrations.langgraph.import_checkpoints import import_checkpoints
 
-        console = Console(stderr=True)
-        with MemStateCheckpointer(engine, memory=memory) as checkpointer, Progress(console=console) as progress:
-            count = import_checkpoints(
-                source, checkpointer, threads=threads or (), progress=progress_of(progress, "importing")
-            )
-        console.print(f"{count} checkpoints imported.")
+        with MemStateCheckpointer(engine, memory=memory) as checkpointer, progress_bar("importing") as update:
+            count = import_checkpoints(source, checkpointer, threads=threads or (), progress=update)
+        Console(stderr=True).print(f"{counted(count, 'checkpoint', 'checkpoints')} imported.")

@@ -25,7 +25,7 @@ class OpenState(NamedTuple):
 
 
 class Adapter:
-    """An index that is opened before it is used, and whose client raises errors of its own."""
+    """The base of indexes that need `open`, and have a vendor's client with its own errors."""
 
     _vendor: ClassVar[str] = ""
     """The name in messages."""

@@ -1,6 +1,6 @@
 """Metadata in a form that any server can filter: tags for equality, doubles for order. Pure.
 
-The server may return more points than match, never fewer: a tag is a short hash, and a double rounds an int beyond 53
+The server may return more points than match, never fewer. A tag is a short hash, and a double rounds an int beyond 53
 bits. The caller checks each point with `memstate_sa.indexes._filters.matches`.
 """
 

@@ -90,9 +90,9 @@ class VectorIndex(Protocol):
         """The largest number of points for one `upsert`, and of ids for one `delete` or `get`."""
         ...
 
-    # An index inside the writing process may set an attribute ``in_process = True``. A process that has ended cannot
-    # write to such an index any more, so the next relay does not wait for its lease. For other indexes, a relay makes
-    # each call in a thread, and reads and embeds the next page at the same time.
+    # An index inside the writing process may set an attribute ``in_process = True``. No late write of an ended process
+    # can reach such an index, so the next relay does not wait for its lease. For other indexes, a relay makes each call
+    # in a thread, and reads and embeds the next page at the same time.
 
     def open(self, *, embedder: str, dimension: int) -> None:
         """Create the index, or check that the stored one fits. Idempotent. Called before all other methods.
@@ -203,7 +203,7 @@ def keeps_mark(index: VectorIndex) -> TypeGuard[MarkedIndex]:
 def matrix(vectors: Sequence[Vector], dimension: int, names: Sequence[str]) -> NDArray[np.float32]:
     """*vectors* as one matrix of shape ``(n, dimension)``.
 
-    Raises DeliveryRejected for a vector of another shape, or with NaN or infinity: every distance to such a vector
+    Raises DeliveryRejected for a vector of another shape, or with NaN or infinity. Every distance to such a vector
     would be meaningless. The message has the vector's name, from *names*.
     """
     for vector, name in zip(vectors, names, strict=True):

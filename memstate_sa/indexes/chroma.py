@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from memstate_sa.indexes._folder import LockedFolder
 
-# In a point's metadata. A point without it is foreign, and is left alone. There is only this one field, with a short
-# name, because each field of a point costs 6 to 13 % of Chroma's write rate.
+# In a point's metadata. A point without it is foreign. There is only one field of ours, with a short name, because each
+# field costs 6 to 13 % of Chroma's write rate.
 _FINGERPRINT = "memstate_sa"
 _PAUSES_S = (0.01, 0.05, 0.25)
 """The first write to a collection stores metadata before vectors. A query in between fails with InternalError
@@ -63,11 +63,11 @@ class ChromaIndex(Adapter):
     second process gets MemstateError. For several processes, run a server (``chroma run --path <folder>``) and use
     an HttpClient.
 
-    ``incarnation`` is the collection's id, which `open` looks up each time. If the collection was deleted after that,
-    the next call raises DeliveryRetryable, and the call after it works on a new, empty collection.
+    ``incarnation`` is the collection's id, which `open` looks up each time. If the collection is deleted later, the
+    next call raises DeliveryRetryable. The call after it works on a new, empty collection.
 
-    Foreign points in the same collection are left alone. They slow the search down, which fetches more points until
-    enough are its own.
+    Foreign points in the same collection are left alone. They make searches slower, because a search fetches more
+    points until it has enough of ours.
     """
 
     _vendor = "Chroma"
@@ -173,8 +173,8 @@ class ChromaIndex(Adapter):
         if condition is None or unique_ids == [] or limit < 1:
             return []
         filters = _where(condition) if condition else None
-        # No `where` for the fingerprint: a condition that all points satisfy slows a query over 10,000 points down from
-        # 2 ms to 50 ms.
+        # No `where` for the fingerprint. With a condition that all points satisfy, a query over 10,000 points takes
+        # 50 ms instead of 2 ms.
         count = limit
         with self._using("query") as collection:
             while True:

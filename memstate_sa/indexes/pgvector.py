@@ -65,9 +65,9 @@ class PgVectorIndex(Adapter):
     """The table *name* of a PostgreSQL database with pgvector 0.8 or later. `open` creates the table and the extension.
 
     *engine* is an Engine, an AsyncEngine or a URL, and may be the engine of the facts. From an AsyncEngine or a URL,
-    the index makes a new Engine with psycopg. The index has its own transactions and a separate connection pool: a
-    Session that searches or commits already holds a connection of the engine's pool. Each batch is one transaction, and
-    the statement that writes also checks the epochs (`FencedIndex`).
+    the index makes a new Engine with psycopg. The index has its own transactions and a separate connection pool,
+    because a searching Session already holds a connection of the engine's pool. Each batch is one transaction, and the
+    statement that writes also checks the epochs (`FencedIndex`).
 
     Up to 5,000 points, a query compares all of them. In a larger table it searches an HNSW graph with *ef_search*
     candidates, and continues if a filter leaves too few. ``exact=True`` always compares all points. ``exact=False``

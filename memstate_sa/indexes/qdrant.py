@@ -66,8 +66,8 @@ class QdrantIndex(Adapter):
     always exact. It locks its folder for one process: a second process gets qdrant-client's RuntimeError when it
     creates its client. Use a server for several processes.
 
-    ``incarnation`` is in the collection's metadata. If the collection was deleted, the next call raises
-    DeliveryRetryable, and the call after it works on a new, empty collection. Foreign points are left alone.
+    ``incarnation`` is in the collection's metadata. If the collection is deleted, the next call raises
+    DeliveryRetryable. The call after it works on a new, empty collection. Foreign points are left alone.
     """
 
     fences = True

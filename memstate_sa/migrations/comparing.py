@@ -1,7 +1,7 @@
 """Our part of autogenerate: find the triggers that a revision must change, and keep our tables out of it.
 
-It compares two sources: the entries of `Memory.track` in the ``info`` of the MetaData, and the header in each trigger
-of the database.
+It compares the database with the application's models. `Memory.track` describes them in the ``info`` of the MetaData,
+and each trigger in the database has a header that describes it.
 
 If a captured table changes, the revision drops its triggers first and creates them again afterwards. There are three
 reasons:

@@ -11,7 +11,7 @@ _PAUSE_S = 1.0
 
 
 class CleanUpThread:
-    """Calls *clean_up* again and again. Other relays do that between deliveries."""
+    """Calls *clean_up* repeatedly, in a relay without indexes. Other relays call it between deliveries."""
 
     def __init__(self, clean_up: Callable[[], None]) -> None:
         self._clean_up = clean_up
@@ -25,6 +25,6 @@ class CleanUpThread:
             self._stopping.wait(_PAUSE_S)
 
     def stop(self, deadline: float) -> None:
-        """Stop, and wait until *deadline* at most, a time of `time.monotonic`."""
+        """Stop the thread, and wait at most until *deadline*, a time of `time.monotonic`."""
         self._stopping.set()
         self._thread.join(max(0.0, deadline - time.monotonic()))

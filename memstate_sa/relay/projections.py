@@ -19,7 +19,7 @@ from memstate_sa.db.tables import projection
 from memstate_sa.relay.index_key import IndexKey, of_index
 
 HELD_BY_INDEX = ""
-"""The owner of the rows for the projections in the index itself."""
+"""The value of ``owner`` in the rows for projections that the index itself holds."""
 
 PATIENCE = timedelta(minutes=10)
 """An older release takes a class back if no relay of the newer release was seen for this time."""

@@ -83,15 +83,15 @@ def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
 
 
 def forget_unneeded(connection: Connection, limit: int = 10_000) -> int:
-    """Delete up to *limit* outbox entries if there is no index, oldest first. Returns how many.
+    """Delete up to *limit* outbox entries if there is no index, oldest first. Return their number.
 
-    An index that comes later is filled from the tables.
+    An index that is added later is filled from the tables.
     """
     if _has_index(connection):
         return 0
     take_write_lock(connection)
     if not database_of(connection).has_one_writer:
-        # An index that began between the second look and the DELETE would need the newest entries.
+        # Lock out new indexes. An index that began between the check and the DELETE would need the newest entries.
         connection.execute(_keep_indexes_out)
     if _has_index(connection):
         return 0

@@ -221,7 +221,7 @@ class Strict:
             return {name: claims.read_slot_epochs(connection, key) for name, key in keys.items()}
 
     def committed(self, transaction: OpenTransaction) -> None:
-        """Drop the intent of *transaction*, which has committed. On SQLite, an outer transaction may keep it open."""
+        """Drop the intent of *transaction*, which has committed. On SQLite, keep it while an outer one is open."""
         if transaction.has_intents:
             assert transaction.written_on is not None
             journal = self._journals.get(transaction.written_on.engine)

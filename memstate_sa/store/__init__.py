@@ -1,4 +1,4 @@
-"""Memory for people without models of their own: a thin layer over `Memory` and `Fact`."""
+"""Memory for applications without models of their own: a thin layer over `Memory` and `Fact`."""
 
 from memstate_sa.store.asynchronous import AsyncMemoryStore
 from memstate_sa.store.store import MemoryStore

@@ -48,7 +48,7 @@ class Write:
 
 
 class Reason(Enum):
-    """Why a write waits for another."""
+    """The reason why a write waits for another."""
 
     GAINS_REFERENCE = 1
     LOSES_REFERENCE = 2

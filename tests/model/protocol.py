@@ -468,7 +468,7 @@ def _failed(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
 
 
 def _timed_out(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
-    """A call was abandoned that may still land after the next write, because no fence stops it under the same claim.
+    """A call was abandoned that may still land after the next write. No fence stops it under the same claim.
 
     So the key is delivered at once, and again when the call cannot land any more.
     """

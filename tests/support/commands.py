@@ -50,6 +50,10 @@ memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
 memory.track(Note, text="text")
 memory.track(Pair, text="text")
 something_else = 3
+
+
+def make():
+    return memory
 """
 
 
@@ -99,6 +103,11 @@ def invoke(
         raise result.exception
     assert result.exit_code == exit_code, result.output
     return str(result.stdout if stdout else result.output)
+
+
+def flat(output: str) -> str:
+    """*output* without the box and the line breaks of an error."""
+    return " ".join(output.replace("│", " ").split())
 
 
 @pytest.fixture

@@ -527,4 +527,4 @@ def show(report: Report, console: Console) -> None:
     console.print(found)
     for line in (*report.problems, *report.audit.differences[:_SHOWN], *report.audit.context):
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
-    console.print("[green]all as it should be" if report.ok else "[red]NOT as it should be", highlight=False)
+    console.print("[green]all correct" if report.ok else "[red]NOT correct", highlight=False)

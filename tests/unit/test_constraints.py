@@ -23,7 +23,7 @@ def _side(now: list[int | None], then: list[int | None]) -> FactsByValue:
 def test_facts_that_are_not_left_out_keep_the_constraints(
     states: list[tuple[int | None, ...]], out: set[FactKey]
 ) -> None:
-    """No row gets a value that another has or that is missing, and no row loses a value that is referred to."""
+    """No row gets a missing value or another row's value. No row loses a value that is referred to."""
     own, own_then, refers, refers_then = ([state[n] for state in states] for n in range(4))
     unique = Uniqueness(_side(own, own_then))
     reference = Reference(_side(refers, refers_then), _side(own, own_then))

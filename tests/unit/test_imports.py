@@ -1,4 +1,4 @@
-"""The cost of an import: by the modules that it loads, because times depend on the machine."""
+"""The cost of an import, measured by the modules that it loads, because times depend on the machine."""
 
 from __future__ import annotations
 

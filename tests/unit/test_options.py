@@ -1,4 +1,4 @@
-"""A misspelt option is an error that names the option that was meant."""
+"""A misspelt option is an error that names the closest option."""
 
 from __future__ import annotations
 

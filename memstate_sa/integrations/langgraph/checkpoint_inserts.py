@@ -83,7 +83,7 @@ _replaced_columns = ("parent_id", "run_id", "position", "snapshot", "metadata", 
 
 
 def log_position(database: Database) -> dict[str, ColumnElement[Any]]:
-    """The columns for the log's present position.
+    """The columns for the present moment of the log.
 
     On PostgreSQL they include a snapshot: the last transaction alone does not tell which others had committed.
     """

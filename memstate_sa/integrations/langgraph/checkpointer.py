@@ -29,7 +29,7 @@ from memstate_sa.integrations.langgraph.tables import lease
 from memstate_sa.integrations.langgraph.thread_ids import graph_of
 from memstate_sa.log.history import Moment
 from memstate_sa.memory import Memory
-from memstate_sa.store import MemoryStore
+from memstate_sa.store import AsyncMemoryStore, MemoryStore
 
 try:
     from langchain_core.runnables import RunnableConfig
@@ -53,15 +53,14 @@ T = TypeVar("T")
 class MemStateCheckpointer(CheckpointSaver):
     """Saves a graph's checkpoints in the database of the facts: PostgreSQL, or SQLite in a file.
 
-    *where* is a `MemoryStore`, an Engine (or AsyncEngine) or a URL. Pass a MemoryStore, or a `Memory` with facts in
-    that database as *memory*. Then each checkpoint also records the log's last transaction, and `step` commits facts
-    with the state. Checkpoints themselves are not facts: they have no history, and are in no index.
+    *where* is a `MemoryStore` (or AsyncMemoryStore), an Engine (or AsyncEngine) or a URL. Pass a store, or a `Memory`
+    with facts in that database as *memory*. Then each checkpoint also records the log's last transaction, and `step`
+    commits facts with the state. Checkpoints themselves are not facts: they have no history, and are in no index.
 
-    Values are stored as msgpack, never as pickle. Reading builds only these classes: plain types, LangChain's messages,
-    LangGraph's own classes, classes in the schemas of a graph, and classes in *allow*. A value of another class raises
-    MemstateError, so an attacker with write access to the database cannot make this process build other objects.
-    *allow* takes classes, and schemas, which stand for all classes in their fields. *serde* replaces the serializer,
-    for example to encrypt.
+    Values are stored as msgpack, never as pickle. Reading builds only plain types, LangChain's messages, LangGraph's
+    own classes, classes in the graph's schemas, and classes in *allow*. A value of another class raises MemstateError.
+    So an attacker who can write to the database cannot make this process build other objects. *allow* takes classes,
+    and schemas, which stand for all classes in their fields. *serde* replaces the serializer, for example to encrypt.
 
     All methods may be called from any thread. The async methods run the same code in threads.
 
@@ -74,7 +73,7 @@ class MemStateCheckpointer(CheckpointSaver):
 
     def __init__(
         self,
-        where: MemoryStore | Engine | AsyncEngine | URL | str,
+        where: MemoryStore | AsyncMemoryStore | Engine | AsyncEngine | URL | str,
         *,
         memory: Memory | None = None,
         serde: SerializerProtocol | None = None,
@@ -86,6 +85,8 @@ class MemStateCheckpointer(CheckpointSaver):
             raise MemstateError(
                 "Cannot use allow= with serde=. Your serializer decides which classes it reads. Configure it instead."
             )
+        if isinstance(where, AsyncMemoryStore):
+            where = where.sync_store
         if isinstance(where, MemoryStore):
             memory = where.memory
         engine = sync_engine(where, memory)
@@ -135,8 +136,7 @@ class MemStateCheckpointer(CheckpointSaver):
         the transaction. Changes are labelled with the thread as session_id
         (``memory.rollback(session, session_id=thread_id)``) and with the node as reason.
 
-        If a node leaves its graph by a Command to a parent, its step commits with the parent's task that called the
-        graph.
+        If a node leaves its graph by a Command to a parent, its step commits with the task that called the graph.
 
         Write late in the node: until it returns, rows stay locked, and on SQLite the whole database. On SQLite, a write
         outside the step and a subgraph that is called after it raise MemstateError. A node that begins a step sees the
@@ -232,7 +232,7 @@ class MemStateCheckpointer(CheckpointSaver):
             metadata = stored.metadata
         if POSITION not in metadata:
             raise MemstateError(
-                "This checkpoint has no position in the log. It was saved by a checkpointer without memory=."
+                "This checkpoint records no moment of the log. It was saved by a checkpointer without memory=."
             )
         return moment_of(metadata[POSITION])
 

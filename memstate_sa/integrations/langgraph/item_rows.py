@@ -126,7 +126,7 @@ def row_id(item: str, n: int) -> str:
 
 def item_id(namespace: Iterable[str], key: str) -> str:
     """A hash of namespace and key. Its length is fixed, because all our tables and the index store it."""
-    # No label is empty, so the first two _END in a row mark the end of the namespace, even if the key has others.
+    # No label is empty, so the first double _END marks the end of the namespace, even if the key has others.
     whole = _END.join(namespace) + _END + _END + key
     return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 

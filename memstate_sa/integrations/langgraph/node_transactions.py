@@ -8,7 +8,7 @@ Four rules prevent lost and doubled effects after a crash:
 2. The Session commits in the transaction that saves the task's writes. It rolls back if the task will run again.
 3. If the task leaves its graph by a Command to a parent, the Session commits with the writes of the parent's task.
 4. The next checkpoint is saved after all these transactions have committed. Otherwise it would record a task as done
-   whose changes can still be lost.
+   while its changes can still be lost.
 """
 
 from __future__ import annotations

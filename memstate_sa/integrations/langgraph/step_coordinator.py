@@ -451,7 +451,7 @@ def _only(transactions: Sequence[NodeTransaction]) -> NodeTransaction:
 
 def _stuck_error() -> MemstateError:
     return MemstateError(
-        "Cannot begin this step: it waits for the step of a parallel node, which left the graph by a Command to the "
-        "parent. That step ends only when this graph ends. Let only one of the parallel nodes use a step, or use a "
-        "database and a pool with more connections."
+        "Cannot begin this step: it waits for the step of a parallel node. That node left the graph by a Command to "
+        "the parent, so its step ends only when this graph ends. Let only one of the parallel nodes use a step, or use "
+        "a database and a pool with more connections."
     )

@@ -38,7 +38,7 @@ from memstate_sa.log.changes import Change
 from memstate_sa.log.history import Moment
 from memstate_sa.maintenance.expiry import EXPIRED
 from memstate_sa.memory import Memory
-from memstate_sa.store import MemoryStore
+from memstate_sa.store import AsyncMemoryStore, MemoryStore
 
 try:
     from langgraph.store.base import (
@@ -82,12 +82,13 @@ _SWEEP_INTERVAL_MINUTES = 5
 class MemStateStore(BaseStore):
     """LangGraph's store in the database of the facts: PostgreSQL or SQLite.
 
-    *where* is a `MemoryStore`. With *memory*, it can also be an Engine (or AsyncEngine) or a URL. Items are facts: the
-    log has every put and delete, `Memory.rollback` undoes them, relays deliver them, and a search returns only items
-    that SQL has. In a node of a graph, changes are labelled with the thread as session_id and the node as reason.
+    *where* is a `MemoryStore` (or AsyncMemoryStore). With *memory*, it can also be an Engine (or AsyncEngine) or a URL.
+    Items are facts. The log has every put and delete, `Memory.rollback` undoes them, and relays deliver them. A search
+    returns only items that SQL has. In a node of a graph, changes are labelled with the thread as session_id and the
+    node as reason.
 
-    Calls inside ``with memory_store.transaction():``, or inside a checkpointer's `step`, join that transaction if they
-    are in the same thread (with asyncio, in the same task).
+    Calls inside ``with memory_store.transaction():``, or inside a checkpointer's `step`, join that transaction. This
+    works in the same thread only (with asyncio, in the same task).
 
     *index* has the paths to the texts for embedding: ``{"fields": ["title", "notes[*].text"]}``. Each text has its own
     vector. The default is the whole value, as JSON. With False nothing is embedded, and a *query* is ignored. The
@@ -110,12 +111,14 @@ class MemStateStore(BaseStore):
 
     def __init__(
         self,
-        where: MemoryStore | Engine | AsyncEngine | URL | str,
+        where: MemoryStore | AsyncMemoryStore | Engine | AsyncEngine | URL | str,
         *,
         memory: Memory | None = None,
         index: IndexConfig | Literal[False] | None = None,
         ttl: TTLConfig | None = None,
     ) -> None:
+        if isinstance(where, AsyncMemoryStore):
+            where = where.sync_store
         if isinstance(where, MemoryStore):
             memory = where.memory
         if memory is None:

@@ -28,7 +28,7 @@ checkpoint = Table(
     ),
     Column("type", Text, nullable=False),
     Column("payload", LargeBinary, nullable=False),
-    Column("snapshot", Text, comment="the transactions that had committed at the position (PostgreSQL)"),
+    Column("snapshot", Text, comment="the transactions that had committed by then (PostgreSQL)"),
     comment="the state of a graph between two supersteps",
 )
 _of_run = text("run_id IS NOT NULL")

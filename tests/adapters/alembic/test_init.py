@@ -102,7 +102,7 @@ def test_init_reports_each_problem_once_with_all_names(folder: Path, url: str) -
     (folder / "shop" / "facts.py").write_text(SHOP + MORE)
     shown = invoke("init", "--url", url, "--dry-run")
     to_do = shown[shown.index("✗ tables and triggers") :]
-    assert to_do.count("is not there") == to_do.count("has no table") == 1
+    assert to_do.count("does not exist") == to_do.count("has no table") == 1
     assert all(name in to_do for name in metadata.tables) and "tag, word" in to_do
     assert max(map(len, to_do.splitlines())) < 100
     engine = create_engine(url)
@@ -118,7 +118,7 @@ def test_init_reports_each_problem_once_with_all_names(folder: Path, url: str) -
         gone = connection.exec_driver_sql(named).scalar_one()
         connection.exec_driver_sql(f"DROP TRIGGER {gone}")
     engine.dispose()
-    assert f"tag has no trigger {gone} as it should be" in invoke("init", "--url", url, "--dry-run")
+    assert f"tag lacks the current trigger {gone}" in invoke("init", "--url", url, "--dry-run")
 
 
 @pytest.mark.parametrize(
@@ -145,13 +145,13 @@ def test_init_with_alembic_leaves_creation_to_a_migration(
     before = env.read_text()
 
     shown = invoke("init", "--url", url)
-    assert "3 of 5 steps are left" in shown
+    assert "3 of 5 items" in shown
     assert "memstate_sa.metadata" in shown and "alembic revision --autogenerate" in shown
     assert f"+target_metadata = {with_ours}" in invoke("init", "--url", url, "--apply", "--dry-run")
     assert "Edit" in invoke("init", "--url", url, "--apply", input="n\n", exit_code=0)
     assert (env.read_text(), tables(url)) == (before, {"note"})
 
-    assert "1 of 5 steps are left" in invoke("init", "--url", url, "--apply", "--yes")
+    assert "1 of 5 items" in invoke("init", "--url", url, "--apply", "--yes")
     assert env.read_text().count("autogenerate_plugins") == 2  # online and offline
     run_alembic(folder, command.stamp, "base")
     run_alembic(folder, command.revision, message="memstate_sa", autogenerate=True)
@@ -229,7 +229,7 @@ def test_flask_migrate_creates_tables_and_triggers(
     app = import_module("shop.facts").app
     with app.app_context():
         flask_migrate.init()
-        assert "1 of 5 steps are left" in invoke("init", "--url", url, "--apply", "--yes")
+        assert "1 of 5 items" in invoke("init", "--url", url, "--apply", "--yes")
         source = (folder / "migrations" / "env.py").read_text()
         assert source.count("[get_metadata(), memstate_sa.metadata]") == 2
         assert source.count("autogenerate_plugins") == (0 if options else 2)
@@ -247,7 +247,7 @@ def test_plugins_that_migrate_is_given_lack_ours(folder: Path, url: str) -> None
     shown = invoke("init", "--url", url, "--apply", "--yes")
     assert "✗ our plugin in web.py\n    Migrate(..., autogenerate_plugins=[" in shown
     assert "autogenerate_plugins" not in (folder / "migrations" / "env.py").read_text()
-    assert "in a way of its own" not in invoke("init", "--url", url, "--apply", "--yes")
+    assert "it has an unusual form" not in invoke("init", "--url", url, "--apply", "--yes")
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_a_database_that_alembic_made_is_left_to_it(folder: Path, engine: Engine
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE note (id INTEGER NOT NULL, text VARCHAR, PRIMARY KEY (id))")
         connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
-    assert "Alembic has been here" in invoke("init", "--url", url)
+    assert "Alembic migrates this database" in invoke("init", "--url", url)
     assert set(inspect(engine).get_table_names()) == {"note", "alembic_version"}
     assert "There is nothing left to do" in invoke("init", "--url", url, "--create-tables")
     assert set(inspect(engine).get_table_names()) > {"note", "alembic_version", "memstate_log"}
@@ -321,7 +321,7 @@ def test_init_names_an_env_py_that_it_cannot_edit(folder: Path, url: str) -> Non
     env.parent.mkdir()
     env.write_text("from alembic import context\n\ncontext.configure(*everything())\n")
     shown = invoke("init", "--url", url, "--apply", "--yes")
-    assert f"{env} is written in a way of its own" in shown
+    assert f"Cannot edit {env}: it has an unusual form" in shown
     assert "✗ our tables in env.py" in shown and "✗ our plugin in env.py" in shown
 
 
@@ -332,16 +332,16 @@ def test_init_refuses_no_memory_and_several_memories(folder: Path, url: str) -> 
         folder / "shop" / "memories.py"
     ).read_text() + "another = Memory(InMemoryIndex(), embedder=HashEmbedder())\n"
     (folder / "shop" / "memories.py").write_text(second)
-    assert "there are several" in invoke("init", "--url", url, exit_code=2)
+    assert "This folder has several" in invoke("init", "--url", url, exit_code=2)
     assert "✓ a Memory" in invoke("init", "--url", url, "--dry-run", "--app", "shop.memories:memory")
     (folder / "shop" / "memories.py").unlink()
-    assert "no module of this folder has a Memory" in invoke("init", "--url", url, exit_code=2)
+    assert "No module of this folder has a Memory" in invoke("init", "--url", url, exit_code=2)
 
 
 def test_a_module_that_cannot_be_imported_is_named(folder: Path, url: str) -> None:
     (folder / "shop" / "broken.py").write_text("from memstate_sa import Memory\nimport nowhere\nmemory = Memory(1)\n")
     shown = invoke("init", "--url", url, exit_code=1)
-    assert "shop.broken cannot be imported" in shown and "nowhere" in shown
+    assert "Cannot import 'shop.broken'" in shown and "nowhere" in shown
 
 
 @pytest.mark.parametrize(
@@ -361,9 +361,7 @@ def test_our_branch_needs_no_metadata(folder: Path, url: str, locations: str, to
 
 
 def test_only_modules_that_make_a_memory_are_imported(folder: Path) -> None:
-    """Importing a script runs it. init does not import scripts that only use a Memory, or make one only as a main
-    program.
-    """
+    """Importing a script runs it. init skips scripts that only use a Memory, or make one only as a main program."""
     for name, content in {
         "seed": "from memstate_sa import Memory\nfrom shop.facts import memory\nhow = 'by Memory(…)'\n",
         "demo": "from memstate_sa import Memory\ndef main():\n    memory = Memory(1)\n",

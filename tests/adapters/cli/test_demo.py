@@ -1,4 +1,4 @@
-"""The demo: what it reads, and that what it shows is what happened."""
+"""The demo: its inputs, and the truth of the results that it shows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MEMORY_BANK = {
 
 
 def test_the_shipped_conversation_remembers_corrects_and_forgets() -> None:
-    """It is big enough to be believed, and every turn in it can be played."""
+    """It is big enough to convince, and every turn in it can be played."""
     steps = [step for turn in parse(CONVERSATION.read_text("utf-8")) for step in turn.actions]
     count = {kind: sum(isinstance(step, kind) for step in steps) for kind in (Remember, Correct, Forget)}
     assert count[Remember] >= 95
@@ -47,7 +47,7 @@ def test_the_shipped_conversation_remembers_corrects_and_forgets() -> None:
 
 
 def test_turn_of_the_crash_remembers_corrects_and_forgets() -> None:
-    """So that the crash shows all three kinds of drift, whichever index calls fail."""
+    """The crash then shows all three kinds of drift, whichever index calls fail."""
     turns = parse(CONVERSATION.read_text("utf-8"))
     assert {type(step) for step in turns[(len(turns) - 1) // 2].actions} == {Remember, Correct, Forget}
 
@@ -84,7 +84,7 @@ def test_steps_of_one_turn_stay_together() -> None:
     ],
 )
 def test_input_error_names_line_and_field(text: str, message: str) -> None:
-    """By line and field, or by the path in the document."""
+    """The message names the line and the field, or the path in the document."""
     with pytest.raises(InputError) as caught:
         parse(text)
     assert message in str(caught.value)
@@ -92,7 +92,7 @@ def test_input_error_names_line_and_field(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_memory_bank_file_is_recognised_by_its_content(indent: int | None) -> None:
-    """An exchange is a turn; days are played in order, all users together; what is empty is left out."""
+    """An exchange is a turn. Days are played in order, all users together. Empty texts are left out."""
     turns = parse(json.dumps(MEMORY_BANK, indent=indent))
     said = [
         [(step.user, step.role, step.text) for step in turn.actions if isinstance(step, Remember)] for turn in turns
@@ -105,7 +105,7 @@ def test_memory_bank_file_is_recognised_by_its_content(indent: int | None) -> No
 
 
 def test_the_whole_of_memory_bank_can_be_read() -> None:
-    """All 566 exchanges of 15 users."""
+    """It has 566 exchanges of 15 users."""
     path = SHARED_DATA / "memory_bank" / "memory_bank_en.json"
     if not path.exists():
         pytest.skip(f"{path.name} is not here; MEMSTATE_SHARED_DATA names the folder that has it")
@@ -148,7 +148,7 @@ def test_the_demo_ends_well(played: Played) -> None:
 
 @pytest.mark.deep
 def test_two_writes_in_a_row_drift_and_one_transaction_does_not(played: Played) -> None:
-    """Checked here on what the demo left behind, not on what it says."""
+    """The test reads the databases and indexes of the demo, not its output."""
     from memstate_sa.demo.audit import drift
     from memstate_sa.demo.script import Outcome
     from memstate_sa.embedders import WordLlamaEmbedder
@@ -173,7 +173,7 @@ def test_comparison_fails_on_a_drifted_index(played: Played) -> None:
 
 @pytest.mark.deep
 def test_the_agents_were_killed_between_commit_and_delivery(played: Played) -> None:
-    """In the middle of the conversation: the three facts of that turn, at least, were committed and not delivered."""
+    """At least the three facts of the turn in the middle were committed and not delivered."""
     assert re.search(r"killed after turn +│ +36 │ +36 │", played.output), played.output
     waiting = re.search(r"waiting in the outbox then +│ +— │ +(\d+) │", played.output)
     assert waiting is not None, played.output
@@ -193,7 +193,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.deep_on("wordllama")
 @pytest.mark.parametrize("package", ["chromadb", "wordllama"])
 def test_a_missing_extra_is_a_hint(package: str) -> None:
-    """Given before anything is played."""
+    """The demo gives the hint before it plays anything."""
     hide = (
         "import sys, importlib.util as u; found = u.find_spec;"
         f"u.find_spec = lambda name, *rest: None if name == {package!r} else found(name, *rest);"
@@ -209,7 +209,7 @@ def test_a_missing_extra_is_a_hint(package: str) -> None:
 
 @pytest.mark.deep
 def test_a_bad_input_is_a_message(tmp_path: Path) -> None:
-    """Not a traceback."""
+    """The demo shows the line, and no traceback."""
     pytest.importorskip("chromadb")
     (tmp_path / "bad.jsonl").write_text(REMEMBER + "hello\n")
     done = demo("--input", str(tmp_path / "bad.jsonl"))

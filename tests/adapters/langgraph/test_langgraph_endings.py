@@ -1,4 +1,4 @@
-"""A task's facts commit with its part of the state, or not at all, however the task ends and however many wait."""
+"""A task's facts commit with its part of the state, or not at all, for any end of the task and many waiters."""
 
 from __future__ import annotations
 

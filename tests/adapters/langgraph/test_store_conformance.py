@@ -453,7 +453,7 @@ def test_an_ordering_compares_like_with_like(our_documents: BaseStore) -> None:
 
 def test_other_operators_are_refused(documents: BaseStore) -> None:
     for wanted in ({"$in": [1]}, {"$exists": True}, {"$ne": 7, "$nope": 2}, {"$ne": 7, "plain": 2}):
-        with pytest.raises(ValueError, match="nsupported operator"):
+        with pytest.raises(ValueError, match=r"(Unknown|nsupported) operator"):
             documents.search(("docs",), filter={"w": wanted})
 
 

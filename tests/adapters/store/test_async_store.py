@@ -150,6 +150,20 @@ async def test_context_variables_reach_the_thread(store: AsyncMemoryStore) -> No
         assert await store.run_sync(lambda _: request.get()) == "r1"
 
 
+async def test_langgraph_takes_the_async_store(engine: Engine) -> None:
+    """Items are in the same log as facts, so the rollback of the store undoes them too."""
+    langgraph = pytest.importorskip("memstate_sa.integrations.langgraph")
+    async with opened_async(engine) as store:
+        with langgraph.MemStateCheckpointer(store) as checkpointer:
+            assert (checkpointer.memory, checkpointer.engine) == (store.memory, store.engine)
+        items = langgraph.MemStateStore(store)
+        await items.asetup()
+        await items.aput(("notes",), "a", {"text": "green tea"})
+        assert (await items.aget(("notes",), "a")).value == {"text": "green tea"}
+        await store.rollback()
+        assert await items.aget(("notes",), "a") is None
+
+
 # -- opening and closing -----------------------------------------------------------------------------------------------
 
 

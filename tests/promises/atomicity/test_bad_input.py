@@ -137,7 +137,7 @@ def test_tracking_twice_is_refused() -> None:
 
 
 def test_memory_without_its_parts_is_refused() -> None:
-    """An index or an embedder is not one, or the delivery is unknown."""
+    """The index or the embedder has a wrong type, or the delivery is unknown."""
     for index in ("chroma", {"memory": None}, {1: InMemoryIndex()}, InMemoryIndex):
         with pytest.raises(MemstateError, match="Give a VectorIndex"):
             Memory(index, embedder=HashEmbedder())  # type: ignore[arg-type]

@@ -100,7 +100,7 @@ class Application:
     def running(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         """Start the command as the leader of a process group, which is killed at the end."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "memstate_sa.cli", "backfill", *arguments],
+            [sys.executable, "-m", "memstate_sa", "backfill", *arguments],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), **self.environment},
             stdout=subprocess.PIPE,
@@ -296,13 +296,13 @@ def test_backfill_without_a_name_takes_all_unfinished_classes(make: Callable[[in
     assert "23 rows were new to the log" in app.run("--batch-size", "7")
     with app.engine.begin() as connection:
         connection.execute(insert(note), {"id": 100, "text": "past the log"})
-    assert "gone through again with --restart" in app.run()
+    assert "--restart goes through complete classes again" in app.run()
     assert "0 rows were new to the log" in app.run("Note", "--no-restart")
     assert "0 rows were new to the log" in app.run("Word")
-    assert "1 rows were new to the log" in app.run("Note")
+    assert "1 row was new to the log" in app.run("Note")
     with app.engine.begin() as connection:
         connection.execute(insert(note), {"id": 101, "text": "past the log"})
-    assert "1 rows were new to the log" in app.run("--restart", "--rate", "100000")
+    assert "1 row was new to the log" in app.run("--restart", "--rate", "100000")
     app.assert_taken_in()
     with app.engine.connect() as connection:
         assert Counter(connection.scalars(select(log.c.op))) == {"baseline": 25}

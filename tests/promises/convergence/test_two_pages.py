@@ -209,7 +209,7 @@ def test_text_that_is_refused_ahead_is_not_asked_for_beside_each_write(app: Page
 
     def write() -> None:
         asked.clear()
-        if len(app.index.batches) <= 3:  # first page; beside the second and third there is no call
+        if len(app.index.batches) <= 3:  # the first page: beside its later batches there should be no call
             asked.wait(0.3)
 
     app.begin()

@@ -1,4 +1,4 @@
-"""Search tells the truth: every hit is a row that the caller sees, by its current content, and no nearer row is
+"""Search tells the truth. Every hit is a row that the caller sees, by its current content, and no nearer row is
 missing.
 """
 

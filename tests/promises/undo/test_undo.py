@@ -209,6 +209,7 @@ def test_conflicts_can_be_skipped_or_forced(app: App) -> None:
     with pytest.raises(ConflictError) as refused:
         app.rollback(actor="me")
     assert [(change.key, change.actor, change.tx) for change in refused.value.changes] == [(1, "you", theirs)]
+    assert 'Keep these facts with on_conflict="skip", or overwrite them with "force".' in str(refused.value)
     assert [change.key for change in app.rollback(actor="me", on_conflict="skip")] == [2]
     assert app.texts() == {("player", 1): "theirs", ("player", 2): "player"}
     app.rollback(actor="me", on_conflict="force")
@@ -223,6 +224,7 @@ def test_undo_of_a_row_that_others_refer_to_is_a_conflict(app: App) -> None:
         with pytest.raises(ConflictError) as refused:
             app.rollback(actor="me", on_conflict=on_conflict)
         assert [(change.entity, change.tx) for change in refused.value.changes] == [("player", theirs)]
+        assert 'leave the blocked facts out with on_conflict="skip"' in str(refused.value)
     assert app.rollback(actor="me", on_conflict="skip") == []
     app.write(player_1={"team_id": None}, actor="you")
     app.rollback(actor="me")

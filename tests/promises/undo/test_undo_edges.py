@@ -490,7 +490,7 @@ _read_of_the_trigger_context = sa.text(
 
 
 def test_triggers_look_up_each_fact_of_an_undo_alone(postgres_engine: Engine) -> None:
-    """Each statement reads one row of the trigger context for each row that it writes, not those of the whole undo."""
+    """For each row that it writes, a statement reads one row of the trigger context, not those of the whole undo."""
 
     class Base(DeclarativeBase):
         pass

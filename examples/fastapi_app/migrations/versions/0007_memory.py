@@ -16,26 +16,26 @@ def upgrade() -> None:
         "memstate_backfill",
         sa.Column("entity", sa.String(length=128), nullable=False),
         sa.Column(
-            "start", sa.Text(), nullable=False, comment="a range of rows: those after this key; '': from the first"
+            "start", sa.Text(), nullable=False, comment="the range of rows begins after this key; '' for the first row"
         ),
-        sa.Column("until", sa.Text(), nullable=True, comment="up to this key; null: to the end"),
-        sa.Column("position", sa.Text(), nullable=False, comment="the last key that was looked at"),
+        sa.Column("until", sa.Text(), nullable=True, comment="the range ends with this key; null for the last row"),
+        sa.Column("position", sa.Text(), nullable=False, comment="the last key that was read"),
         sa.Column(
             "total",
             sa.BigInteger(),
             nullable=False,
-            comment="how many rows there were, of the first range; 0 of others",
+            comment="the number of rows, in the first range; 0 in the others",
         ),
-        sa.Column("seen", sa.BigInteger(), nullable=False, comment="how many were looked at"),
-        sa.Column("added", sa.BigInteger(), nullable=False, comment="how many of them were new to the log"),
+        sa.Column("seen", sa.BigInteger(), nullable=False, comment="the number of rows that were read"),
+        sa.Column("added", sa.BigInteger(), nullable=False, comment="the number of rows that were new to the log"),
         sa.Column("done", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("entity", "start", name=op.f("pk_memstate_backfill")),
-        comment="how far rows that are older than tracking have been taken in",
+        comment="progress of the backfill of rows that are older than tracking",
     )
     op.create_table(
         "memstate_checkpoint",
         sa.Column("thread_id", sa.Text(), nullable=False),
-        sa.Column("ns", sa.Text(), nullable=False, comment="'' of a graph itself; of a subgraph, the path to it"),
+        sa.Column("ns", sa.Text(), nullable=False, comment="'' for the graph itself, the path for a subgraph"),
         sa.Column("id", sa.Text(), nullable=False, comment="sorts by time"),
         sa.Column("parent_id", sa.Text(), nullable=True),
         sa.Column("run_id", sa.Text(), nullable=True),
@@ -43,7 +43,7 @@ def upgrade() -> None:
             "position",
             sa.String(length=40),
             nullable=True,
-            comment="the log's last transaction then; null: it was empty, or nobody asked",
+            comment="the last transaction in the log at that time; null if the log was empty or not read",
         ),
         sa.Column(
             "metadata",
@@ -54,13 +54,15 @@ def upgrade() -> None:
             "channels",
             sa.Text(),
             nullable=False,
-            comment="JSON: the version of each channel's blob, null: it is in here",
+            comment="JSON: the version of each channel's blob, or null if the payload has the value",
         ),
         sa.Column("type", sa.Text(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
-        sa.Column("snapshot", sa.Text(), nullable=True, comment="what was committed at the position (PostgreSQL)"),
+        sa.Column(
+            "snapshot", sa.Text(), nullable=True, comment="the transactions that had committed by then (PostgreSQL)"
+        ),
         sa.PrimaryKeyConstraint("thread_id", "ns", "id", name=op.f("pk_memstate_checkpoint")),
-        comment="what a graph was between two steps",
+        comment="the state of a graph between two supersteps",
     )
     with op.batch_alter_table("memstate_checkpoint", schema=None) as batch_op:
         batch_op.create_index(
@@ -80,7 +82,7 @@ def upgrade() -> None:
         sa.Column("type", sa.Text(), nullable=False),
         sa.Column("value", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("thread_id", "ns", "channel", "version", name=op.f("pk_memstate_checkpoint_blob")),
-        comment="a channel's value, once for each of its versions",
+        comment="the value of a channel, stored once for each version",
     )
     op.create_table(
         "memstate_checkpoint_write",
@@ -89,7 +91,11 @@ def upgrade() -> None:
         sa.Column("checkpoint_id", sa.Text(), nullable=False),
         sa.Column("task_id", sa.Text(), nullable=False),
         sa.Column(
-            "idx", sa.Integer(), autoincrement=False, nullable=False, comment="negative: of an error, an interrupt …"
+            "idx",
+            sa.Integer(),
+            autoincrement=False,
+            nullable=False,
+            comment="the number of the write; negative for an error, an interrupt …",
         ),
         sa.Column("task_path", sa.Text(), nullable=False),
         sa.Column("channel", sa.Text(), nullable=False),
@@ -98,20 +104,30 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint(
             "thread_id", "ns", "checkpoint_id", "task_id", "idx", name=op.f("pk_memstate_checkpoint_write")
         ),
-        comment="what a task that ran at a checkpoint wrote, for the next one",
+        comment="the writes of a task that ran at a checkpoint",
     )
     op.create_table(
         "memstate_cursor",
         sa.Column("index", sa.String(length=128), nullable=False),
         sa.Column("incarnation", sa.String(length=128), nullable=False),
         sa.Column("slot", sa.SmallInteger(), autoincrement=False, nullable=False),
-        sa.Column("snapshot", sa.Text(), nullable=False, comment="all that this snapshot sees is delivered"),
-        sa.Column("xid", sa.BigInteger(), nullable=False, comment="and of this transaction"),
-        sa.Column("position", sa.BigInteger(), nullable=False, comment="the entries up to this id"),
         sa.Column(
-            "owner", sa.Text(), nullable=True, comment="who holds the slot, or held it last and did not let it go"
+            "snapshot", sa.Text(), nullable=False, comment="every dirty key that this snapshot sees is delivered"
         ),
-        sa.Column("epoch", sa.BigInteger(), nullable=False, comment="counts the owners"),
+        sa.Column(
+            "xid",
+            sa.BigInteger(),
+            nullable=False,
+            comment="dirty keys of this transaction are delivered up to position",
+        ),
+        sa.Column("position", sa.BigInteger(), nullable=False, comment="the last delivered id, of the transaction xid"),
+        sa.Column(
+            "owner",
+            sa.Text(),
+            nullable=True,
+            comment="the owner that claims the slot, or claimed it last and did not release it",
+        ),
+        sa.Column("epoch", sa.BigInteger(), nullable=False, comment="grows whenever the slot changes hands"),
         sa.PrimaryKeyConstraint("index", "incarnation", "slot", name=op.f("pk_memstate_cursor")),
     )
     op.create_table(
@@ -121,14 +137,19 @@ def upgrade() -> None:
             sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
             sa.Identity(always=False),
             nullable=False,
-            comment="the oldest are the first to go",
+            comment="the oldest rows are deleted first",
         ),
-        sa.Column("text_fingerprint", sa.String(length=32), nullable=False, comment="of the embedder and the text"),
+        sa.Column(
+            "text_fingerprint",
+            sa.String(length=32),
+            nullable=False,
+            comment="the fingerprint of the embedder and the text",
+        ),
         sa.Column("embedder", sa.Text(), nullable=False),
         sa.Column("vector", sa.LargeBinary(), nullable=False, comment="float32, little-endian"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_memstate_embedding")),
         sa.UniqueConstraint("text_fingerprint", name=op.f("uq_memstate_embedding_text_fingerprint")),
-        comment="vectors that were paid for once, to be used again; may be emptied at any time",
+        comment="a cache of vectors, which may be emptied at any time",
     )
     op.create_table(
         "memstate_fact",
@@ -158,7 +179,7 @@ def upgrade() -> None:
         sa.Column("owner", sa.Text(), nullable=False),
         sa.Column("lease_until", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("index", "incarnation", "owner", name=op.f("pk_memstate_holder")),
-        comment="who delivers to an index; one lease for all of its slots",
+        comment="the owners that deliver to an index, with one lease for all of their slots",
     )
     op.create_table(
         "memstate_index",
@@ -172,34 +193,39 @@ def upgrade() -> None:
         sa.Column(
             "active_at", sa.DateTime(timezone=True), nullable=False, comment="when a relay last claimed or left it"
         ),
-        sa.Column(
-            "cluster", sa.Text(), nullable=True, comment="PostgreSQL's, and its timeline: of which the positions are"
-        ),
+        sa.Column("cluster", sa.Text(), nullable=True, comment="the PostgreSQL cluster and timeline of the positions"),
         sa.PrimaryKeyConstraint("index", "incarnation", name=op.f("pk_memstate_index")),
-        comment="every lifetime of every index that has been delivered to",
+        comment="the incarnations of the indexes",
     )
     op.create_table(
         "memstate_item",
-        sa.Column("id", sa.String(length=40), nullable=False, comment="the item's, and n in hex if it is not 0"),
-        sa.Column("item", sa.String(length=32), nullable=False, comment="a digest of namespace and key"),
+        sa.Column(
+            "id", sa.String(length=40), nullable=False, comment="the id of the item, followed by n in hex if n is not 0"
+        ),
+        sa.Column("item", sa.String(length=32), nullable=False, comment="a hash of namespace and key"),
         sa.Column("n", sa.Integer(), nullable=False),
         sa.Column(
             "scope",
             sa.Text(),
             nullable=False,
-            comment="the namespace's labels in UTF-8, each ended by NUL, in hex: sorts as they do",
+            comment="the labels of the namespace in UTF-8, each followed by NUL, in hex; sorts like the labels",
         ),
         sa.Column("key", sa.Text(), nullable=False),
         sa.Column(
             "value",
             sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql"),
             nullable=True,
-            comment="of row 0",
+            comment="the value of the item, in row 0",
         ),
-        sa.Column("text", sa.Text(), nullable=True, comment="what is embedded"),
+        sa.Column("text", sa.Text(), nullable=True, comment="the text for embedding"),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True, comment="unless it is read before"),
+        sa.Column(
+            "expires_at",
+            sa.DateTime(timezone=True),
+            nullable=True,
+            comment="the end of the item's life, if no read extends it",
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_memstate_item")),
         comment="items of a LangGraph store",
     )
@@ -221,11 +247,11 @@ def upgrade() -> None:
             "of",
             sa.DateTime(timezone=True),
             nullable=False,
-            comment="updated_at of what was read: another put, another life",
+            comment="updated_at of the item at the read; a later put begins another life",
         ),
         sa.Column("until", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id", "of", name=op.f("pk_memstate_item_kept")),
-        comment="items that live longer because they were read: no history, and no writer in the way of an undo",
+        comment="items that live longer because they were read, without history and without conflicts for undo",
     )
     with op.batch_alter_table("memstate_item_kept", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_memstate_item_kept_until"), ["until"], unique=False)
@@ -242,7 +268,7 @@ def upgrade() -> None:
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("index", "incarnation", "entity", "key", name=op.f("pk_memstate_ledger")),
-        comment="what each index was last given for each key",
+        comment="the fingerprint that each index holds for each key",
     )
     with op.batch_alter_table("memstate_ledger", schema=None) as batch_op:
         batch_op.create_index(
@@ -262,7 +288,7 @@ def upgrade() -> None:
             "tx",
             sa.String(length=32),
             nullable=False,
-            comment="client-generated; the rows sharing it are one transaction",
+            comment="made by the client; the entries with the same tx are one transaction",
         ),
         sa.Column("entity", sa.String(length=128), nullable=False),
         sa.Column("key", sa.Text(), nullable=False, comment="JSON array of primary key values"),
@@ -277,14 +303,12 @@ def upgrade() -> None:
         sa.Column("reverts", sa.String(length=32), nullable=True, comment="the transaction that this row undoes"),
         sa.Column("step", sa.Boolean(), nullable=False, comment="whether rollback counts its transaction"),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column(
-            "xid", sa.BigInteger(), nullable=True, comment="of the database's transaction; null in older entries"
-        ),
+        sa.Column("xid", sa.BigInteger(), nullable=True, comment="the database's transaction id; null in old entries"),
         sa.Column(
             "snapshot",
             sa.Text(),
             nullable=True,
-            comment="what the transaction saw then, in one entry of each statement (PostgreSQL)",
+            comment="the snapshot of the statement, in one of its entries (PostgreSQL)",
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_memstate_log")),
         sqlite_autoincrement=True,
@@ -316,7 +340,7 @@ def upgrade() -> None:
             "intent",
             sa.Boolean(),
             nullable=False,
-            comment="of a strict transaction, whose xid it carries: what the index holds is not known",
+            comment="announced by a strict transaction (xid): the index may or may not have the change",
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_memstate_outbox")),
         comment="dirty keys, insert-only: 'this key may have changed'",
@@ -342,7 +366,7 @@ def upgrade() -> None:
             "state",
             sa.String(length=8),
             nullable=False,
-            comment="again: to be delivered once more; parked: refused; dead: refused too often",
+            comment="again (deliver once more), parked (refused) or dead (refused too often)",
         ),
         sa.Column("mark", sa.String(length=32), nullable=False, comment="changes whenever the key is parked again"),
         sa.Column("repeat", sa.Boolean(), nullable=False),
@@ -363,41 +387,49 @@ def upgrade() -> None:
             "page",
             sa.BigInteger(),
             nullable=False,
-            comment="counts the pages; one begins before the index is written to",
+            comment="the number of the page; a new page begins before writes to the index",
         ),
         sa.Column(
             "names",
             sa.Text(),
             nullable=False,
-            comment="random: of this page and of those before; the index keeps one too",
+            comment="random names of this page and of earlier ones; the index keeps the name of its page",
         ),
         sa.Column(
             "refused",
             sa.Text(),
             nullable=True,
-            comment="the index's mark that did not belong to this database, when it was last compared",
+            comment="the index's mark at the last comparison, if it did not belong to this database",
         ),
         sa.PrimaryKeyConstraint("index", "incarnation", name=op.f("pk_memstate_past")),
-        comment="which past of this database each index was filled from: a restore takes this row back, not the index",
+        comment="the past of this database that filled each index; a restore takes back this row, but not the index",
     )
     op.create_table(
         "memstate_projection",
         sa.Column("index", sa.String(length=128), nullable=False),
         sa.Column("incarnation", sa.String(length=128), nullable=False),
         sa.Column("entity", sa.String(length=128), nullable=False),
-        sa.Column("owner", sa.Text(), nullable=False, comment="a relay that delivers it so; '': what the index holds"),
+        sa.Column(
+            "owner",
+            sa.Text(),
+            nullable=False,
+            comment="a relay that delivers this projection; '' for the projection that the index holds",
+        ),
         sa.Column("projection", sa.Text(), nullable=False, comment="JSON: the text and the metadata of the class"),
         sa.Column(
             "since",
             sa.DateTime(timezone=True),
             nullable=False,
-            comment="when the class was tracked that projects it so",
+            comment="when the class was tracked with this projection",
         ),
         sa.Column(
-            "seen_at", sa.DateTime(timezone=True), nullable=False, comment="when a relay last claimed the index with it"
+            "seen_at",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="when a relay with this projection last claimed the index",
         ),
         sa.PrimaryKeyConstraint("index", "incarnation", "entity", "owner", name=op.f("pk_memstate_projection")),
-        comment="what of each class an index holds",
+        comment="the projection of each class in an index",
     )
     op.create_table(
         "memstate_refill",
@@ -413,16 +445,21 @@ def upgrade() -> None:
         sa.Column("position", sa.Text(), nullable=True),
         sa.Column("done", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("index", "incarnation", "entity", "slot", name=op.f("pk_memstate_refill")),
-        comment="progress of delivering in full to an index that is new",
+        comment="progress of the refill of a new index",
     )
     op.create_table(
         "memstate_successor",
         sa.Column("index", sa.String(length=128), nullable=False),
         sa.Column("successor", sa.String(length=128), nullable=False),
-        sa.Column("incarnation", sa.String(length=128), nullable=False, comment="of the successor, as it was then"),
+        sa.Column(
+            "incarnation",
+            sa.String(length=128),
+            nullable=False,
+            comment="the incarnation of the successor at the switch",
+        ),
         sa.Column("switched_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("index", name=op.f("pk_memstate_successor")),
-        comment="indexes whose searches ask another one",
+        comment="indexes whose searches go to their successor",
     )
     op.create_table(
         "memstate_thread_lease",
@@ -430,7 +467,7 @@ def upgrade() -> None:
         sa.Column("owner", sa.Text(), nullable=False),
         sa.Column("lease_until", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("thread_id", name=op.f("pk_memstate_thread_lease")),
-        comment="which run may write a thread's checkpoints, where runs ask for it",
+        comment="the run that may write a thread's checkpoints, if runs use leases",
     )
     op.create_table(
         "memstate_transaction",
@@ -440,7 +477,7 @@ def upgrade() -> None:
         sa.Column("session_id", sa.Text(), nullable=True),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("tx", name=op.f("pk_memstate_transaction")),
-        comment="labels of a transaction, written when it commits; a transaction may lack one",
+        comment="labels of a transaction, written at its commit; a transaction without labels has no row",
     )
     with op.batch_alter_table("memstate_transaction", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_memstate_transaction_actor_at"), ["actor", "at"], unique=False)
@@ -451,7 +488,7 @@ def upgrade() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("value", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_memstate_trigger_context")),
-        comment="what triggers are told of the transaction that writes; empty outside of it",
+        comment="tells triggers about the transaction that writes; empty outside of it",
         sqlite_with_rowid=False,
     )
     op.create_table(

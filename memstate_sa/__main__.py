@@ -1,4 +1,4 @@
-"""``python -m memstate_sa.cli``."""
+"""``python -m memstate_sa``: the command line."""
 
 from memstate_sa.cli import main
 
