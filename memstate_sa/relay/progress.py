@@ -1,4 +1,4 @@
-"""`Progress`: how long work reports its progress."""
+"""`Progress`: the callback with which a long task reports its progress, and the bar in the terminal."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TypeAlias
 from memstate_sa.errors import require_module
 
 Progress: TypeAlias = Callable[[int, int | None], None]
-"""A function of the finished part and of the total, which is None where it is unknown."""
+"""A function that takes the finished part and the total. The total is None if it is unknown."""
 
 ProgressOption: TypeAlias = Progress | bool | None
-"""A function that is told of the progress, or True for a progress bar in the terminal."""
+"""A function that gets the progress, or True for a progress bar in the terminal."""
 
 
 @contextmanager
 def reporting(progress: ProgressOption, title: str) -> Iterator[Progress | None]:
-    """The function to report to. Raises MissingExtra where the bar is asked for, and rich is not installed."""
+    """The function to report to. Raises MissingExtra if *progress* is True, and rich is not installed."""
     if not isinstance(progress, bool):
         yield progress
     elif not progress:

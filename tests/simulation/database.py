@@ -300,11 +300,6 @@ class Database:
                     # Its last owner may have written rows that no refill lists any more.
                     state.refill[SCAN, slot] = (None, False)
                 fresh[slot] = HeldSlot(epoch, cursor.at, fresh=True, settle=cursor.owner is not None)
-                if cursor.owner is not None and any(
-                    not done for (_, at), (_, done) in state.refill.items() if at == slot
-                ):
-                    # Its last owner may have written rows that no refill lists any more.
-                    state.refill[SCAN, slot] = (None, False)
                 cursor.owner, cursor.epoch = me.owner, epoch
                 self.granted[me.index, me.incarnation, slot, epoch] = (me.owner, self.steps)
         return Claimed({**kept, **fresh}, present, len(state.leases), quota, state.marked)

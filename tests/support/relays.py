@@ -53,7 +53,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def holds(index: VectorIndex, expected: dict[str, str]) -> bool:
-    """Whether *index* holds these texts, by point id. For comparisons while a relay runs."""
+    """Whether *index* holds these texts, by point id. Use it while a relay runs."""
     try:
         assert_index_holds(index, HashEmbedder(), expected)
     except (AssertionError, KeyError):

@@ -70,7 +70,7 @@ class Report:
     journal: Counter[str] = field(default_factory=Counter)
     counters: Counter[str] = field(default_factory=Counter)
     cpu_s: float = 0.0
-    """Of all workers together, also after the last fault."""
+    """Sums of all workers, also after the last fault."""
     log_lines: int = 0
     oldest_s: dict[str, float] = field(default_factory=dict)
     """The longest time that a key waited, by index."""

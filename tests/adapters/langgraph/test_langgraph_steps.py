@@ -187,7 +187,7 @@ def test_facts_that_cannot_be_committed_take_the_step_along(
 
 
 def test_writes_that_cannot_be_saved_take_the_facts_along(agent: Agent) -> None:
-    """For example, a value that msgpack cannot encode."""
+    """An example is a value that msgpack cannot encode."""
 
     def bad(state: State) -> State:
         with agent.saver.step() as session:

@@ -214,7 +214,7 @@ def test_two_stores_of_one_memory_find_each_others_items(agent: Agent) -> None:
 
 
 def test_search_finds_items_by_meaning(engine: Engine) -> None:
-    """With real embeddings."""
+    """This test uses real embeddings."""
     with MemoryStore(engine, InMemoryIndex(), embedder=WordLlamaEmbedder(), background=False) as facts:
         store = MemStateStore(facts, index={"fields": ["text", "facets[*]"]})
         store.setup()

@@ -94,7 +94,7 @@ PROJECTIONS: dict[str, tuple[Any, Any, str]] = {
 
 @pytest.mark.parametrize("change", PROJECTIONS)
 def test_class_is_delivered_again_when_its_projection_changes(sqlite_engine: Engine, make: Make, change: str) -> None:
-    """On each index. Until then a search is incomplete, filters skip points without the value, and doctor says why."""
+    """This holds for each index. Until then a search is incomplete, filters skip old points, and doctor says why."""
     before, after, attribute = PROJECTIONS[change]
     assert_delivered_again(sqlite_engine, make, before, after, attribute)
 

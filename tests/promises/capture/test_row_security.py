@@ -64,7 +64,7 @@ def seen_by(world: World, engine: Engine) -> World:
 def test_triggers_log_rows_that_their_owner_cannot_see(
     postgres_engine: Engine, role: Role, policy: str, before: bool
 ) -> None:
-    """Each event, on one row and on many, with policies created before the triggers (*before*) or after them.
+    """This covers each event, on one row and on many. *before*: policies are created before the triggers.
 
     The same kind: a policy by membership, by a sub-select, by a tenant, for one role, for one command.
     """

@@ -245,7 +245,7 @@ def test_row_that_changes_before_its_lock_is_logged_as_it_is(
 
 
 def test_backfill_waits_for_a_locked_row_without_holding_others(postgres_engine: Engine) -> None:
-    """So it blocks no transaction while it waits, and no transaction becomes the victim of a deadlock."""
+    """It blocks no transaction while it waits, and no transaction becomes the victim of a deadlock."""
     engine = postgres_engine
     world = World(engine)
     old_tags(engine, 9)

@@ -44,7 +44,7 @@ def large(engine: Engine) -> World:
 
 
 def test_writing_uses_indexes(large: World) -> None:
-    """Looks and baselines."""
+    """Looks and baselines use indexes."""
 
     def write() -> None:
         with large.session() as session:
@@ -82,7 +82,7 @@ def test_rows_are_read_by_composite_keys(large: World) -> None:
 
 
 def test_searching_uses_indexes(large: World) -> None:
-    """Undelivered keys, parked keys, hydration."""
+    """Undelivered keys, parked keys and hydration use indexes."""
 
     def search() -> None:
         with large.session() as session:
@@ -124,7 +124,7 @@ def test_tables_of_an_earlier_version_get_the_index(large: World) -> None:
 
 
 def test_relaying_uses_indexes(large: World) -> None:
-    """Windows, ledger, acknowledgement, clean-up."""
+    """Windows, ledger, acknowledgement and clean-up use indexes."""
 
     def relay() -> None:
         large.relay.drain()
@@ -161,7 +161,7 @@ def test_embedding_cache_uses_indexes(large: World) -> None:
 
 
 def test_undo_and_history_use_indexes(large: World) -> None:
-    """One step at the end of a long log, and the history of one fact."""
+    """This covers one step at the end of a long log, and the history of one fact."""
     with large.session() as session:
         large.memory.annotate(session, session_id="s1", actor="ada")
         session.add(Tag(name="t"))
@@ -195,7 +195,7 @@ def test_export_and_import_use_indexes(large: World) -> None:
 
 @pytest.mark.deep_on("sqlite")
 def test_long_undo_and_time_travel_use_indexes(large: World) -> None:
-    """Undo by all steps, run, actor, class and moment, and as_of by key. No statement sorts."""
+    """This covers undo by all steps, run, actor, class and moment, and as_of by key. No statement sorts."""
     with large.session() as session:
         first = large.memory.history(session, Person, 17)[0]
     for n in range(40):
@@ -316,7 +316,7 @@ def assert_no_large_scan(found: dict[str, str]) -> None:
 
 
 def test_a_relay_reads_no_large_table_as_a_whole(million: World) -> None:
-    """Claims, pages, rows, ledger, parked keys, acknowledgements."""
+    """This covers claims, pages, rows, ledger, parked keys and acknowledgements."""
     found = planned(million.engine, million.relay.drain)
     assert_no_large_scan(found)
     page = next(plan for statement, plan in found.items() if "lateral" in statement.lower() and "SMALLINT" in statement)
@@ -326,7 +326,7 @@ def test_a_relay_reads_no_large_table_as_a_whole(million: World) -> None:
 
 @pytest.mark.deep
 def test_operation_reads_no_large_table_as_a_whole(million: World) -> None:
-    """Status, waiting, dead letters, the poll of an idle relay."""
+    """This covers status, waiting, dead letters, and the poll of an idle relay."""
 
     def operate() -> None:
         million.memory.status(million.engine)
@@ -343,7 +343,7 @@ def test_operation_reads_no_large_table_as_a_whole(million: World) -> None:
 
 @pytest.mark.deep
 def test_undo_reads_no_large_table_as_a_whole(million: World) -> None:
-    """A step, many steps, a run, an actor, a transaction, a moment, and a fact's past."""
+    """This covers a step, many steps, a run, an actor, a transaction, a moment, and a fact's past."""
     for n in range(60):
         with million.session() as session:
             million.memory.annotate(session, session_id=f"s{n % 2}", actor="ada")
@@ -374,7 +374,7 @@ def test_undo_reads_no_large_table_as_a_whole(million: World) -> None:
 
 @pytest.mark.deep
 def test_a_fresh_search_reads_no_large_table_as_a_whole(million: World) -> None:
-    """Undelivered keys of the caller and of others, and refused keys."""
+    """This covers undelivered keys of the caller and of others, and refused keys."""
 
     def search() -> None:
         with million.session() as session:
@@ -387,7 +387,7 @@ def test_a_fresh_search_reads_no_large_table_as_a_whole(million: World) -> None:
 
 @pytest.mark.deep
 def test_cleaning_up_reads_no_large_table_as_a_whole(million: World) -> None:
-    """Entries that every index has, and old data without a retention."""
+    """This covers entries that every index has, and old data without a retention."""
     million.relay.drain()
 
     def clean() -> None:

@@ -38,7 +38,7 @@ def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[VectorInde
 
 @pytest.mark.deep_on("qdrant")
 def test_criteria_by_any_type_find_what_sql_finds(engine: Engine, index: VectorIndex) -> None:
-    """Each type with a bind processor, each subclass of str, int and float.
+    """This covers each type with a bind processor, and each subclass of str, int and float.
 
     The same kind: a Flag, a NewType, a parameter with its own type, an ORM comparator, a value in a list.
 
@@ -126,7 +126,7 @@ class Plain(enum.Enum):
 
 @pytest.mark.parametrize("kind", [Role.TIP, OldRole.TIP, Words("tip")], ids=["StrEnum", "str and Enum", "str"])
 def test_store_takes_enums_wherever_it_takes_text(engine: Engine, kind: Any) -> None:
-    """As a type, as a filter, as a session, in a payload.
+    """An enum may be a type, a filter, a session, or part of a payload.
 
     The same kind: np.str_, IntEnum, a date in a payload, a str subclass with its own __str__.
     """

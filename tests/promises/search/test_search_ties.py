@@ -61,7 +61,7 @@ def facts(request: pytest.FixtureRequest, engine: Engine, tmp_path: Path) -> Any
 
 @pytest.mark.deep_on("qdrant")
 def test_a_longer_search_begins_with_the_hits_of_a_shorter_one(facts: MemoryStore) -> None:
-    """At each limit, with criteria and without. The same kind: some facts with the text are not delivered yet."""
+    """This holds at each limit, with criteria and without. The same kind: some facts are not delivered yet."""
     with facts.transaction():
         for n in range(60):
             facts.commit(Fact(type="drink", payload={"text": TEXTS[n % 3]}, id=f"{n * 37 % 60:02}"))

@@ -522,7 +522,7 @@ def second(tmp_path: Path) -> Iterator[Engine]:
 def test_rows_that_refer_to_each_other_are_imported(
     second: Engine, engine: Engine, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
-    """In circles, to rows of their own class with greater keys, from classes that were tracked earlier."""
+    """They refer in circles, to rows of their own class with greater keys, and to rows of classes tracked later."""
     monkeypatch.setattr(export_import, "_PAGE", page)
     source, target = Application(second), Application(engine)
     source.write(Team(id=1), Team(id=2))

@@ -253,7 +253,7 @@ def test_undo_has_a_token_and_a_dry_run_has_none(engine: Engine) -> None:
 
 
 def test_statements_of_an_undo_do_not_grow_with_earlier_undos(world: World) -> None:
-    """By steps, by transaction, or back to a moment. There used to be three more for each past undo and redo."""
+    """The undo goes by steps, by transaction, or back to a moment. Each past undo and redo used to add three."""
     with world.session() as session:
         session.add(Tag(name="a", meaning="x"))
         session.commit()
