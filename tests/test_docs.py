@@ -253,9 +253,9 @@ def test_the_reference_has_each_table() -> None:
 
 
 def test_the_reference_has_each_metric() -> None:
-    processes = pytest.importorskip("memstate_sa.cli.processes")
+    metrics = pytest.importorskip("memstate_sa.cli.metrics")
     listed = re.findall(r"^\| `(memstate_\w+)` \|", (REFERENCE / "metrics.md").read_text(), re.MULTILINE)
-    gauges, counters = vars(processes)["_GAUGES"], vars(processes)["_COUNTERS"]
+    gauges, counters = vars(metrics)["_GAUGES"], vars(metrics)["_COUNTERS"]
     assert listed == [*(f"memstate_{name}" for name in gauges), *(f"memstate_{name}_total" for name in counters)]
 
 
