@@ -8,8 +8,10 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,9 @@ PAGES = [
     *DOCS,
     *(Path(name) for name in ("CONTRIBUTING.md", "SECURITY.md") if (ROOT / name).exists()),
 ]
-RUN_ELSEWHERE = {
-    "docs/how-to/indexes.md": "tests/adapters/indexes/test_own_index.py",
-    "docs/cli.md": "tests/adapters/cli",
-}
+RUN_ELSEWHERE = {"docs/how-to/indexes.md": "tests/adapters/indexes/test_own_index.py"}
+SET_UP_BY = {"docs/cli.md": "docs/how-to/operations.md"}
+"""Pages whose commands work on the application at the beginning of another page."""
 ONLY_POSTGRES = {"docs/how-to/asyncio.md"}
 
 OURS = {"memstate-sa": None, "alembic": "alembic", "python": None, "pytest": "pytest", "flask": "flask"}
@@ -133,6 +134,9 @@ def lines(block: Block) -> Iterator[str]:
 def script(page: Path, url: str) -> str:
     """A page as one program, on the database of *url*; empty when nothing of it runs."""
     steps = [step for block in blocks((ROOT / page).read_text()) for step in lines(block)]
+    if steps and str(page) in SET_UP_BY:
+        other = takewhile(lambda block: block.language == "python", blocks((ROOT / SET_UP_BY[str(page)]).read_text()))
+        steps = [step for block in other for step in lines(block)] + steps
     code = "\n".join(steps)
     if not url.startswith("sqlite"):
         code = re.sub(r"(sqlite|postgresql)(\+\w+)?://[/\w@.:-]+", lambda match: _with_driver(url, match[2]), code)
@@ -269,6 +273,15 @@ def test_the_navigation_has_each_page() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(FENCED.sub("", (ROOT / "README.md").read_text()).split()) <= 900
+
+
+def test_the_badges_are_true() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    readme = (ROOT / "README.md").read_text()
+    assert f"![Python {project['requires-python'].removeprefix('>=')} or later]" in readme
+    assert f"![License: {project['license']}]" in readme
+    assert "![SQLAlchemy 2.0 and 2.1]" in readme
+    assert any(requirement.startswith("sqlalchemy>=2.0") for requirement in project["dependencies"])
 
 
 def test_each_guarantee_links_to_its_tests() -> None:
