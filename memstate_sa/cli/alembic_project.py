@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import configparser
 import re
-import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -17,7 +16,7 @@ from sqlalchemy import inspect
 from sqlalchemy.engine import Engine
 
 from memstate_sa import Memory
-from memstate_sa.cli.opening import import_failure, tracked_classes
+from memstate_sa.cli.opening import import_failure, module_roots, tracked_classes
 from memstate_sa.errors import MemstateError
 from memstate_sa.maintenance.doctor import folded
 
@@ -121,7 +120,7 @@ def _resolved(folder: Path, location: str) -> Path:
     package, colon, path = location.partition(":")
     if not colon or Path(location).is_absolute():
         return folder / location
-    _roots(folder)
+    module_roots(folder)
     top, *inner = package.split(".")
     spec = find_spec(top)
     roots = list(spec.submodule_search_locations or []) if spec is not None else []
@@ -292,7 +291,7 @@ def checklist(
     )
     yield ChecklistItem(
         "captured Sessions",
-        f"{sessions[0]} (Nothing to do if a module that was not imported here attaches them.)" if sessions else "",
+        f"Sessions {sessions[0]}\nThere is nothing to do if another module of yours attaches them." if sessions else "",
     )
     if project is not None:
         yield ChecklistItem(
@@ -325,7 +324,7 @@ def find_memories(folder: Path) -> list[str]:
     Only modules with ``name = Memory(…)`` or ``name = MemoryStore(…)`` at their top level are imported.
     """
     names: dict[int, str] = {}
-    for root in _roots(folder):
+    for root in module_roots(folder):
         for path in _files(root, "*.py"):
             parts = path.relative_to(root).with_suffix("").parts
             if not all(part.isidentifier() for part in parts) or parts[0] == "src":
@@ -365,15 +364,6 @@ def _memories(source: str) -> list[str]:
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
         if isinstance(target, ast.Name)
     ]
-
-
-def _roots(folder: Path) -> list[Path]:
-    """The folders of the application's modules. Adds them to ``sys.path``."""
-    roots = [root for root in (folder, folder / "src") if root.is_dir()]
-    for root in roots:
-        if str(root) not in sys.path:
-            sys.path.insert(0, str(root))
-    return roots
 
 
 def _files(root: Path, pattern: str) -> Iterator[Path]:

@@ -51,11 +51,8 @@ def verify(
             console.print("[green]Nothing has drifted.[/]")
         elif repair:
             waiting = sum(backlog.parked + backlog.dead for backlog in memory.status(engine).values())
-            console.print(
-                f"{counted(waiting, 'fact waits', 'facts wait')} for the running relay."
-                if waiting
-                else "[green]Repaired.[/]"
-            )
+            waiting_facts = counted(waiting, "fact waits", "facts wait")
+            console.print(f"{waiting_facts} for the running relay." if waiting else "[green]Repaired.[/]")
         else:
             console.print("[red]The index has drifted.[/] --repair delivers these facts again.")
             raise typer.Exit(1)

@@ -64,7 +64,7 @@ def _require_tables(engine: Engine) -> None:
 
 
 def load(path: str, option: str) -> Any:
-    """The object at ``module:name``. The working directory is searched first, as uvicorn does it."""
+    """The object at ``module:name``. The working directory and its folder src are searched first."""
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
         raise typer.BadParameter(
@@ -73,9 +73,7 @@ def load(path: str, option: str) -> Any:
     if "/" in module_name or module_name.endswith(".py"):
         module_name = module_name.removesuffix(".py").strip("./").replace("/", ".")
         raise typer.BadParameter(f"Give a module, not a file: {module_name}:{name}", param_hint=option)
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    module_roots(Path.cwd())
     module = _import(module_name, option)
     try:
         return attrgetter(name)(module)
@@ -85,6 +83,15 @@ def load(path: str, option: str) -> Any:
         raise typer.BadParameter(
             f"Module {module_name!r} has no attribute {name!r}.{hint}", param_hint=option
         ) from error
+
+
+def module_roots(folder: Path) -> list[Path]:
+    """The folders of the application's modules. Adds them to ``sys.path``."""
+    roots = [root for root in (folder, folder / "src") if root.is_dir()]
+    for root in roots:
+        if str(root) not in sys.path:
+            sys.path.insert(0, str(root))
+    return roots
 
 
 def _import(name: str, option: str) -> Any:

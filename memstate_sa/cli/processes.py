@@ -36,7 +36,7 @@ def configure_logging(*, level: str, as_json: bool, worker: int) -> None:
         from rich.console import Console
         from rich.logging import RichHandler
 
-        handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%Y-%m-%d %X")
     else:
         handler.setFormatter(_LineFormatter(worker))
     package = logging.getLogger("memstate_sa")

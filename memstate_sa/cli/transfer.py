@@ -14,7 +14,7 @@ from memstate_sa.cli.options import App, Url
 def export_facts(
     app: App,
     file: Annotated[
-        typer.FileTextWrite, typer.Argument(metavar="FILE|-", encoding="utf-8", help="The new file, or - for stdout.")
+        typer.FileTextWrite, typer.Argument(metavar="FILE", encoding="utf-8", help="The new file, or - for stdout.")
     ],
     url: Url = None,
     model: Annotated[
@@ -36,7 +36,7 @@ def export_facts(
 def import_facts(
     app: App,
     file: Annotated[
-        typer.FileText, typer.Argument(metavar="FILE|-", encoding="utf-8", help="A file of `export`, or - for stdin.")
+        typer.FileText, typer.Argument(metavar="FILE", encoding="utf-8", help="A file of `export`, or - for stdin.")
     ],
     url: Url = None,
 ) -> None:

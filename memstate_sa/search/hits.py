@@ -61,18 +61,21 @@ class Hits(list[Hit[F]]):
     def complete(self) -> bool:
         return not self.reasons
 
+    def _count(self) -> str:
+        return "1 hit" if len(self) == 1 else f"{len(self)} hits"
+
     def _state(self) -> str:
         return f"incomplete: {', '.join(self.reasons)}" if self.reasons else "complete"
 
     def __repr__(self) -> str:
         rest = [f"{len(self) - _SHOWN_HITS} more"] if len(self) > _SHOWN_HITS else []
-        return summary(self, f"{len(self)} hits", self._state(), *map(repr, self[:_SHOWN_HITS]), *rest)
+        return summary(self, self._count(), self._state(), *map(repr, self[:_SHOWN_HITS]), *rest)
 
     def _repr_html_(self) -> str:
         rows = [(f"{hit.distance:.3f}", *_loaded(hit.fact)) for hit in self]
         columns = list(dict.fromkeys(column for *_, values in rows for column in values))
         return html_table(
-            f"{len(self)} hits ({self._state()})",
+            f"{self._count()} ({self._state()})",
             ["distance", "fact", *columns],
             [[distance, name, *map(values.get, columns)] for distance, name, values in rows],
         )

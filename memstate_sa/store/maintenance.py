@@ -19,7 +19,7 @@ from memstate_sa.undo.undo import Revocation
 
 
 class MaintenanceMethods(StoreParts):
-    """The methods of `MemoryStore` that do as the method of `Memory` with the same name does."""
+    """The methods of `MemoryStore` for undo and upkeep. Each calls the method of `Memory` with the same name."""
 
     def rollback(self, steps: int = 1, session_id: str | None = None, **options: Unpack[RollbackOptions]) -> Changes:
         """Undo the last *steps* transactions, of all or of one session, and return the new entries.

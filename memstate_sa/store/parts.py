@@ -53,9 +53,8 @@ class StoreParts:
                 store.delete(old_id)
                 store.commit(Fact(type="note", payload={"content": "likes tea"}))
 
-        In a coroutine, use `AsyncMemoryStore`. There, this transaction belongs to one asyncio task. Other tasks of the
-        same thread get MemstateError until it ends. They can wait for it, or await
-        ``asyncio.to_thread(store.commit, …)``.
+        In a coroutine, use `AsyncMemoryStore`. If this transaction is open across an ``await``, it belongs to its
+        asyncio task. Other tasks of the same thread get MemstateError until it ends.
         """
         require_options("transaction", labels, Labels)
         check_texts(**labels)
@@ -87,7 +86,12 @@ class StoreParts:
 
     @contextmanager
     def _using_engine(self) -> Iterator[Engine]:
-        """The engine, for calls that open connections themselves."""
+        """The engine, for calls that open connections of their own."""
+        if current_session(self.memory, self.engine) is not None:
+            raise MemstateError(
+                "Cannot call this inside a transaction: its own connections would not see the facts of the "
+                "transaction, or would wait for its locks. Call it after the block."
+            )
         self._open()
         with self._alone():
             yield self.engine
@@ -130,7 +134,9 @@ class StoreParts:
         try:
             self.memory.create_tables(self.engine)
         except DBAPIError as error:
-            raise MemstateError(f"Cannot open {self._shown_url()}: {type(error.orig).__name__}.") from error
+            raise MemstateError(
+                f"Cannot open {self._shown_url()}: {type(error.orig).__name__}. Check the URL and the database."
+            ) from error
         if self._drains:
             self._deliver()
         elif self._background:

@@ -10,11 +10,12 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import create_engine, select
+from sqlalchemy import create_engine, insert, select
 from sqlalchemy.orm import sessionmaker
 from typer.testing import CliRunner
 
 from memstate_sa import cli, sqlite
+from memstate_sa.db.tables import cursor, parked, utcnow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,3 +128,12 @@ def app(bare: Application) -> Application:
     bare.run("init")
     bare.adopt()
     return bare
+
+
+def add_dead_key(app: Application, key: int) -> None:
+    """Have the index refuse the note *key* too often."""
+    with app.engine.begin() as connection:
+        at = connection.execute(select(cursor.c.index, cursor.c.incarnation)).mappings().one()
+        values = {"entity": "note", "slot": 0, "attempts": 8, "next_at": utcnow(), "state": "dead", "mark": "x"}
+        letter = {**at, **values, "key": f"[{key}]", "error": "DeliveryRejected from ValueError"}
+        connection.execute(insert(parked), letter)

@@ -62,7 +62,7 @@ def test_changed_is_the_columns_that_differ() -> None:
         (Hits(), "<Hits [0 hits | complete]>"),
         (
             Hits([Hit("fact", 0.5)], [Incomplete.FILLING, Incomplete.UNAVAILABLE]),
-            f"<Hits [1 hits | incomplete: {Incomplete.FILLING}, {Incomplete.UNAVAILABLE} | <Hit [0.500 | 'fact']>]>",
+            f"<Hits [1 hit | incomplete: {Incomplete.FILLING}, {Incomplete.UNAVAILABLE} | <Hit [0.500 | 'fact']>]>",
         ),
         (
             Backlog(3, 61.2, 1, 0, 2, refilling=True),

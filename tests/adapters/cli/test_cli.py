@@ -21,7 +21,7 @@ from sqlalchemy.orm import sessionmaker
 from memstate_sa import __version__
 from memstate_sa.cli import opening
 from memstate_sa.db.tables import cursor, holder, parked, utcnow
-from tests.support.commands import ROOT, Application, app, bare, flat, invoke
+from tests.support.commands import ROOT, Application, add_dead_key, app, bare, flat, invoke
 
 __all__ = ["app", "bare"]
 
@@ -312,15 +312,19 @@ def test_control_characters_of_data_show_as_escapes(app: Application) -> None:
     assert_shows_escapes(refused)
 
 
+def test_drain_and_status_tell_of_refused_keys(app: Application) -> None:
+    key = app.add("Likes tea")
+    app.run("drain")
+    add_dead_key(app, key)
+    assert app.run("drain") == "Nothing is pending.\n1 key was refused. `memstate-sa status` shows an error.\n"
+    assert "memory: DeliveryRejected from ValueError" in app.run("status")
+
+
 def test_dead_keys_are_listed_retried_and_dropped(app: Application) -> None:
     """They show the key and the kind of error, never the fact."""
     app.run("drain")
     key = app.add("my secret")
-    with app.engine.begin() as connection:
-        at = connection.execute(select(cursor.c.index, cursor.c.incarnation)).mappings().one()
-        values = {"entity": "note", "slot": 0, "attempts": 8, "next_at": utcnow(), "state": "dead", "mark": "x"}
-        letter = {**at, **values, "key": f"[{key}]", "error": "DeliveryRejected from ValueError"}
-        connection.execute(insert(parked), letter)
+    add_dead_key(app, key)
     listed = app.run("dead", "list")
     assert f"memory  note {key}  8 attempts\n" in listed and "ValueError" in listed and "secret" not in listed
     assert json.loads(app.run("dead", "list", "--json")) == {
@@ -340,8 +344,6 @@ def test_dead_keys_are_listed_retried_and_dropped(app: Application) -> None:
     assert "No key is dead" in app.run("dead", "list")
     with app.engine.begin() as connection:
         connection.execute(update(parked).values(state="dead"))
-    assert "Nothing is pending.\n1 key was refused. `memstate-sa status` shows an error." in app.run("drain")
-    assert "memory: DeliveryRejected from ValueError" in app.run("status")
     assert "1 key is forgotten" in app.run("dead", "drop")
     with app.engine.connect() as connection:
         assert connection.execute(select(parked)).all() == []

@@ -43,6 +43,12 @@ def test_application_that_fails_on_import_shows_its_error_and_line(bare: Applica
     assert f"\n  {file}:{line}{f': {text}' if text else ''}\n" in output
 
 
+def test_application_is_found_in_the_folder_src(app: Application) -> None:
+    Path("src").mkdir()
+    Path("src", f"inner_{app.name}.py").write_text(f"from {app.name} import memory\n")
+    assert "pending" in invoke("status", "--app", f"inner_{app.name}:memory", "--url", app.url)
+
+
 def test_application_without_a_memory_gets_an_example(bare: Application) -> None:
     Path("empty_module_here.py").write_text("number = 3\n")
     output = flat(invoke("status", "--app", "empty_module_here:number", "--url", bare.url, exit_code=2))

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import text
 
 from memstate_sa.cli import processes
-from tests.support.commands import ROOT, Application, app, bare, invoke
+from tests.support.commands import ROOT, Application, add_dead_key, app, bare, invoke
 
 __all__ = ["app", "bare"]
 
@@ -160,6 +160,35 @@ def test_json_is_alone_on_stdout_and_has_a_zone(app: Application) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("command", "exit_code"), [("status", 0), ("verify", 1), ("doctor", 1), ("log", 0), ("dead list", 0)]
+)
+def test_json_has_the_names_of_the_example_on_the_page(app: Application, command: str, exit_code: int) -> None:
+    key = app.add("Likes tea", actor="ana")
+    app.run("drain")
+    index = app.module.memory.indexes["memory"]
+    index.delete([entry.id for entry in index.scan(None, 10)])
+    add_dead_key(app, key)
+    with app.engine.begin() as connection:
+        connection.execute(text("UPDATE note SET text = 'Likes coffee'"))
+        connection.execute(text("DROP TABLE memstate_unique"))
+    name, *rest = command.split()
+    output = app.run(name, *rest, "--json", exit_code=exit_code, stdout=True)
+    section = (ROOT / "docs" / "cli.md").read_text("utf-8").partition(f"### `{command}`\n")[2]
+    example = section.partition("```json\n")[2].partition("```")[0]
+    assert keys_of(json.loads(output)) == keys_of(json.loads(example))
+
+
+def keys_of(document: object) -> object:
+    """The names in a JSON document, without the values. Columns and entities of an application are left out."""
+    if isinstance(document, list):
+        return [keys_of(item) for item in document[:1]]
+    if not isinstance(document, dict):
+        return None
+    own = {"before", "after", "unlogged_by_entity"}
+    return {name: None if name in own else keys_of(value) for name, value in document.items()}
+
+
 # -- the application -------------------------------------------------------------------------------------------------
 
 
@@ -226,21 +255,40 @@ def test_relay_options_come_from_the_environment_and_log_lines_have_zone_and_wor
         assert (level, worker, name) == ("INFO", "worker=1", "memstate_sa.worker:") and pid.startswith("pid=")
 
 
+def test_workers_have_the_options_of_the_command_and_start_no_workers(
+    app: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options travel in the environment, where no list of processes shows them."""
+    started: list[tuple[list[list[str]], dict[str, str]]] = []
+    monkeypatch.setattr(processes, "supervise", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("memstate_sa.cli.relay._require_shared", lambda memory: None)
+    monkeypatch.setenv("MEMSTATE_WORKERS", "2")
+    monkeypatch.setenv("MEMSTATE_LOG_LEVEL", "error")
+    app.run("relay", "--metrics-port", "9000", "--keep-log", "90")
+    ((arguments, environment),) = started
+    assert arguments == [["--metrics-port", "9000"], ["--metrics-port", "9001"]]
+    assert environment == {
+        "MEMSTATE_APP": f"{app.name}:memory",
+        "MEMSTATE_URL": app.url,
+        "MEMSTATE_WORKERS": "1",
+        "MEMSTATE_LEASE": "30.0",
+        "MEMSTATE_METRICS_PORT": "9000",
+        "MEMSTATE_METRICS_HOST": "127.0.0.1",
+        "MEMSTATE_LOG_LEVEL": "error",
+        "MEMSTATE_LOG_JSON": "False",
+        "MEMSTATE_KEEP_LOG": "90",
+    }
+
+
 def test_log_level_leaves_out_lower_records(app: Application) -> None:
     lines = relay_logs(app, MEMSTATE_LOG_LEVEL="debug", MEMSTATE_LOG_JSON="1")
     record = json.loads(lines[0])
     assert record["worker"] == 1 and datetime.fromisoformat(record["at"]).utcoffset() == timedelta(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging.getLogger("memstate_sa"), "handlers", [])
-        processes.configure_logging(level="warning", as_json=False, worker=2)
-        assert not processes.logger.isEnabledFor(logging.INFO) and processes.logger.isEnabledFor(logging.WARNING)
+    processes.configure_logging(level="warning", as_json=False, worker=2)
+    assert not processes.logger.isEnabledFor(logging.INFO) and processes.logger.isEnabledFor(logging.WARNING)
 
 
-def test_traceback_is_one_log_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    package = logging.getLogger("memstate_sa")
-    for name in ("handlers", "level", "propagate"):
-        monkeypatch.setattr(package, name, getattr(package, name))
-    monkeypatch.setattr(package, "handlers", [])
+def test_traceback_is_one_log_line(capsys: pytest.CaptureFixture[str]) -> None:
     processes.configure_logging(level="info", as_json=False, worker=3)
     try:
         raise ValueError("first\nsecond")

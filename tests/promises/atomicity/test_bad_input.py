@@ -16,6 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 from memstate_sa import (
     DeliveryRejected,
     Fact,
+    Incomplete,
     IndexMismatch,
     Memory,
     MemoryStore,
@@ -439,7 +440,7 @@ def test_a_text_callable_that_raises_hides_its_row_alone(family: PageWorld, deli
     with family.sessions() as session:
         hits = family.memory.search(session, "green tea", Page)
         assert [hit.fact.path for hit in hits] == ["root", "other"]
-        assert not hits.complete
+        assert Incomplete.TEXT_FAILED in hits.reasons
 
 
 # -- embedders -------------------------------------------------------------------------------------------------------
@@ -479,7 +480,7 @@ def test_embedder_that_returns_nan_parks_only_that_text(world: World, value: flo
     with world.session() as session:
         hits = world.memory.search(session, "t7 means meaning t7", Tag, limit=1)
         assert [hit.fact.name for hit in hits] == ["t7"]
-        assert not hits.complete
+        assert hits.reasons == [Incomplete.REFUSED]
     cure()
     eventually(lambda: world.relay.run_once() == 1)
     world.assert_in_step()
@@ -492,7 +493,7 @@ def test_one_bad_text_does_not_hide_other_undelivered_rows(world: World) -> None
     with world.session() as session:
         hits = world.memory.search(session, "mint tea", Tag)
         assert [hit.fact.name for hit in hits] == ["good"]
-        assert not hits.complete
+        assert Incomplete.REFUSED in hits.reasons
 
 
 @pytest.mark.deep_on("postgres")

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import BigInteger, Date, Engine, Enum, Integer, SmallInteger, String, Uuid, insert, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from memstate_sa import HistoryMissing
+from memstate_sa import HistoryMissing, Incomplete
 from memstate_sa.db.codec import decode_key, decoded, encode_key
 from memstate_sa.db.tables import backfill, log, outbox, refill, utcnow
 from memstate_sa.indexes import InMemoryIndex
@@ -103,7 +103,7 @@ def test_search_finds_rows_beside_impossible_keys(world: World) -> None:
         with world.session() as session:
             hits = world.memory.search(session, "about 2", select(Person).where(Person.id > 0))
             assert [hit.fact.id for hit in hits] == [2, 1]
-            assert not hits.complete
+            assert hits.reasons == [Incomplete.IMPOSSIBLE_KEY]
         world.relay.drain()
     make_due(world.engine)
     for _ in range(8):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, func, insert, or_, select, text
 from sqlalchemy.orm import joinedload
 
-from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memory, MemstateError
+from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Incomplete, Memory, MemstateError
 from memstate_sa.indexes import InMemoryIndex, Match, Point
 from memstate_sa.search import search as search_module
 from memstate_sa.search.comparable import Comparable
@@ -419,7 +419,7 @@ def test_search_past_the_overlay_limit_is_incomplete(world: World) -> None:
         session.commit()
         session.add(Tag(name="mine", meaning="zebra crossing"))
         hits = world.memory.search(session, "mine means zebra crossing", Tag, limit=1)
-        assert not hits.complete
+        assert hits.reasons == [Incomplete.TOO_MANY]
         assert hits[0].fact.name == "mine"
         session.commit()
         world.relay.drain()
@@ -442,7 +442,7 @@ def test_a_failing_embedder_leaves_out_undelivered_rows(world: World) -> None:
     with world.session() as session:
         hits = world.memory.search(session, "tea", Person)
         assert [hit.fact.about for hit in hits] == ["tea"]
-        assert not hits.complete
+        assert hits.reasons == [Incomplete.UNAVAILABLE]
         with pytest.raises(DeliveryError, match="model is down"):
             world.memory.search(session, "other", Person)
 
@@ -454,7 +454,7 @@ def test_search_is_incomplete_until_the_index_is_filled(engine: Engine) -> None:
     with world.session() as session:
         hits = world.memory.search(session, "tea", Person)
         assert [hit.fact.about for hit in hits] == ["tea"]
-        assert not hits.complete
+        assert hits.reasons == [Incomplete.FILLING]
 
 
 def test_search_finds_own_writes_while_the_index_is_filled(engine: Engine) -> None:
@@ -472,7 +472,7 @@ def test_search_finds_own_writes_while_the_index_is_filled(engine: Engine) -> No
     with world.session() as session:
         hits = world.memory.search(session, "tea", Person)
         assert sorted(hit.fact.about for hit in hits) == ["green tea", "tea"]
-        assert not hits.complete
+        assert hits.reasons == [Incomplete.FILLING]
 
 
 def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) -> None:
@@ -484,7 +484,7 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
         session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
         hits = world.memory.search(session, "tea", Person)
         assert [hit.fact.about for hit in hits] == ["tea"]
-        assert not hits.complete
+        assert hits.reasons == [Incomplete.OLD_SNAPSHOT]
 
 
 @pytest.mark.parametrize(
