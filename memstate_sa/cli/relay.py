@@ -125,7 +125,7 @@ def relay(
                 status = partial(memory.status, engine)
                 port = stack.enter_context(server(delivery, engine, status, metrics_host, metrics_port))
                 processes.logger.info("serving /metrics and /readyz on port %d", port)
-            processes.logger.info("delivering to %s; interrupt to stop", ", ".join(memory.indexes))
+            processes.logger.info("delivering to %s; interrupt to stop", ", ".join(memory.indexes) or "no index")
             interrupted.wait()
             processes.logger.info("stopping after the current batch")
 

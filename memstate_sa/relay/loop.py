@@ -67,18 +67,10 @@ class Relay:
         sweep: Callable[[], int] | None = None,
         notifier: Notifier | None = None,
     ) -> None:
-        """All times are in seconds.
+        """See `RelayOptions` for the options.
 
-        - *page_size*: the number of keys that are delivered together.
-        - *lease_s*: the time after which other relays take over from a process that died on another machine. A single
-          call of an index or embedder should not take longer.
-        - *poll_s*: the shortest and the longest wait before an idle relay reads the database again. The default is 2 to
-          50 ms on SQLite, which only needs a PRAGMA, and 50 ms to 5 s on PostgreSQL. A commit in this process is seen
-          at once.
-        - *policy*: when failed deliveries are tried again, and how often.
-        - *retention*: how long log and ledger are kept (default: for ever).
-        - *sweep* is called from time to time. It deletes expired facts, and returns their number.
-        - *notifier* tells other processes about commits of this process. This relay ignores its messages.
+        *sweep* is called from time to time. It deletes expired facts, and returns their number. *notifier* tells other
+        processes about commits of this process. This relay ignores its messages.
         """
         if not database_of(engine).has_one_writer:
             # READ COMMITTED: each statement sees all commits, and locks last until the transaction ends.
