@@ -26,9 +26,17 @@ CODE = re.compile(  # SQL, and the Lua of Redis
 )
 LONGEST_SENTENCE = 25  # words: the rule for writers is 20, and the check leaves room for lists and names
 
-# After these verbs a "what" clause is everyday English: "the message says what is missing".
-TELLING = ("say", "says", "said", "show", "shows", "see", "know", "knows", "tell", "tells", "ask", "asks", "decide")
-TELLING += ("decides", "matter")
+# A "what" clause after these verbs is everyday English: "the message says what is missing".
+TELLING = "say says said show shows see know knows tell tells ask asks decide decides matter".split()
+
+
+# A comment of more than a few words that begins like this is a part of a sentence.
+FRAGMENT = re.compile(
+    r"^(by|before|after|without|with|in|of|for|to|so that|not|only|also|unless|again|outside|avoids|runs|does|raises"
+    r"|reads|takes|changes|computed|called|kept)\b(?!,)",
+    re.IGNORECASE,
+)
+ADVERBIAL = re.compile(r"^(With|Without|After|Before|In|For|To|By|Only|Outside) [^,:]+, \w|^To \w+|^(Only|Not|Also) ")
 
 
 def words(*choices: str) -> re.Pattern[str]:
@@ -92,6 +100,10 @@ RULES = {
         ),
         "subject, verb, object",
     ),
+    "unclear": (
+        words(r"tells? (?:its|them|their)\b(?!.*\bapart)", "inside of", "surely", "does and no"),
+        "say it in other words",
+    ),
     "semicolons": (re.compile(r";.*;"), "one idea a sentence"),
     "long": (
         re.compile(rf"^(?:\S+\s+){{{LONGEST_SENTENCE},}}\S+$"),
@@ -106,6 +118,7 @@ class Prose:
 
     line: int
     text: str
+    is_comment: bool = False
 
 
 def python_prose(source: str, *, messages: bool) -> Iterator[Prose]:
@@ -150,11 +163,11 @@ def _comments(source: str) -> Iterator[Prose]:
             block.append(text)
         else:
             if block:
-                yield Prose(start, " ".join(block))
+                yield Prose(start, " ".join(block), is_comment=True)
             block, start = [text], line
         last = line if alone else -1
     if block:
-        yield Prose(start, " ".join(block))
+        yield Prose(start, " ".join(block), is_comment=True)
 
 
 def markdown_prose(text: str) -> Iterator[Prose]:
@@ -197,6 +210,13 @@ def sentences(text: str) -> Iterator[str]:
 def hits(prose: Prose) -> Iterator[tuple[str, str]]:
     """The broken rule and the sentence, for each sentence that breaks one."""
     for sentence in sentences(prose.text):
+        if (
+            prose.is_comment
+            and len(sentence.split()) > 5
+            and FRAGMENT.search(sentence)
+            and not ADVERBIAL.search(sentence)
+        ):
+            yield "fragment", sentence
         for rule, (pattern, _) in RULES.items():
             if pattern.search(sentence) and not any(excuse in sentence for excuse in EXCUSED.get(rule, ())):
                 yield rule, sentence
@@ -241,7 +261,8 @@ def main() -> None:
                 by_rule[rule] += 1
                 by_folder["/".join(path.resolve().relative_to(ROOT).parts[:2])] += 1
                 if not options.count:
-                    print(f"{path}:{prose.line}: {rule}: {RULES[rule][1]}: {sentence}")
+                    hint = RULES[rule][1] if rule in RULES else "write a whole sentence, with a subject and a verb"
+                    print(f"{path}:{prose.line}: {rule}: {hint}: {sentence}")
     for counter in (by_rule, by_folder) if options.count else ():
         print(*(f"{number:6} {name}" for name, number in counter.most_common()), sep="\n", end="\n\n")
     if total := by_rule.total():

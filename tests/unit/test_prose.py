@@ -13,6 +13,7 @@ BAD = {
     "pronoun": "The index holds those that were delivered.",
     "is to": "The row is to be deleted.",
     "inverted": "The outbox is empty, nor does it fill.",
+    "unclear": "The key surely exists.",
     "semicolons": "The row is locked; the entry is written; the mark is set.",
     "long": "The relay " + "very " * prose.LONGEST_SENTENCE + "slowly delivers rows.",
 }
@@ -36,6 +37,13 @@ def test_a_bad_sentence_breaks_its_rule(rule: str) -> None:
 @pytest.mark.parametrize("sentence", PLAIN)
 def test_a_plain_sentence_passes(sentence: str) -> None:
     assert list(prose.hits(prose.Prose(1, sentence))) == []
+
+
+def test_a_comment_is_a_whole_sentence() -> None:
+    fragment = "by Session.hash_key, which every state of an instance knows"
+    assert [name for name, _ in prose.hits(prose.Prose(1, fragment, is_comment=True))] == ["fragment"]
+    assert not list(prose.hits(prose.Prose(1, fragment)))
+    assert not list(prose.hits(prose.Prose(1, "Without an index, no search works here.", is_comment=True)))
 
 
 def test_comments_docstrings_and_messages_are_read() -> None:
