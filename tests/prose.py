@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("memstate_sa", "alembic", "benchmarks", "docs", "examples", "tests", ".github")
 FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "pyproject.toml")
 CODE = re.compile(  # SQL, and the Lua of Redis
@@ -209,7 +209,7 @@ EXCUSED: dict[str, tuple[str, ...]] = {}
 def prose_of(path: Path) -> Iterator[Prose]:
     text = path.read_text()
     if path.suffix == ".py":
-        yield from python_prose(text, messages="memstate_sa" in path.parts)
+        yield from python_prose(text, messages=path.resolve().is_relative_to(ROOT / "memstate_sa"))
     elif path.suffix == ".md":
         yield from markdown_prose(text)
     else:
