@@ -102,10 +102,10 @@ def blocking_engine(url: URL) -> Engine:
 
 
 def engine_of(url: str) -> Engine:
-    """An engine on *url* as users write it: ``postgresql://…`` takes psycopg. Raises MemstateError."""
+    """An engine on a user's *url*: ``postgresql://…`` means psycopg. Raises MemstateError for an invalid *url*."""
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # not chained: the text of a ValueError may quote a part of the password
+    except (ArgumentError, ValueError):  # its text may quote a part of the password
         raise MemstateError("This is not a database URL. Write postgresql://… or sqlite:///…") from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
@@ -124,7 +124,7 @@ def engine_of(url: str) -> Engine:
 
 
 def is_same_database(one: Engine, other: Engine) -> bool:
-    """Whether the engines are on the same database, with any drivers. On SQLite one would wait for the other."""
+    """Whether two engines use the same database, with any drivers. On SQLite, one would wait for the other."""
     return one is other or one.url.set(drivername=_kind(one)) == other.url.set(drivername=_kind(other))
 
 
