@@ -57,7 +57,7 @@ Text: TypeAlias = str | QueryableAttribute[Any] | Callable[[M], str | None] | No
 
 
 class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
-    """Facts in SQL and their meaning in vector indexes. The application's own transactions keep both in step.
+    """Facts in SQL, and their meaning in vector indexes that follow the application's own transactions.
 
     *index*: a `VectorIndex`, which is then named "memory", or several by name. Without an index there is no search, and
     history and undo work as always.
@@ -145,7 +145,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         return tracked if model is None else tracked(model)
 
     def attach(self, target: SessionSource) -> None:
-        """Capture the writes of the Sessions that *target* makes. Idempotent.
+        """Capture the writes of the Sessions that *target* makes. A second call changes nothing.
 
         *target*: a sessionmaker, a scoped_session, a Session class with its subclasses, a Session, or their async
         counterparts. An async_sessionmaker gets a sync Session class of its own. Raises TypeError for anything else.

@@ -33,7 +33,7 @@ _evict = delete(embedding).where(embedding.c.id.in_(_oldest))
 
 
 def read(connection: Connection, digests: Iterable[str], dimension: int) -> dict[str, Vector]:
-    """The stored vectors of *digests*, without damaged ones."""
+    """The stored vectors of *digests* (text fingerprints), without damaged vectors."""
     rows = connection.execute(_read, {"digests": as_array(digests)}).all()
     return {digest: vector for digest, stored in rows if (vector := _vector(stored, dimension)) is not None}
 

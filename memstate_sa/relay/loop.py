@@ -146,7 +146,7 @@ class Relay:
 
     def _stop_unless_running(self) -> None:
         """Release the lease if no threads run, so that the next relay need not wait until it ends."""
-        with self._lock:  # so that start() cannot come between the check and the stop
+        with self._lock:  # start() must not come between the check and the stop
             if not self.is_running:
                 self.stop()
 
@@ -301,7 +301,7 @@ class Relay:
                 index_backlog = backlog.backlog(connection, key, _delivered_entities(classes))
                 own_projections = {entity: tracked.projection for entity, tracked in classes.items()}
                 foreign = projections.differing(connection, key, own_projections)
-            reason = "it is paused" if index_backlog.paused else "is another relay holding its lease?"
+            reason = "it is paused" if index_backlog.paused else "another relay may hold its lease"
             if foreign:
                 reason = f"a relay of another release delivers {', '.join(sorted(foreign))} in another projection"
             reasons.append(f"{index_backlog.pending} keys are pending for {name!r} ({reason})")
@@ -312,8 +312,8 @@ class Relay:
     def start(self) -> Self:
         """Run in daemon threads, one for each index.
 
-        Raises IndexMismatch, and MemstateError on an in-memory SQLite database. Such a database has one connection: a
-        transaction in the background would end the application's.
+        Raises IndexMismatch if another embedder has filled an index. Raises MemstateError on an in-memory SQLite
+        database: it has only one connection, and a background transaction would end the application's.
         """
         if is_in_memory(self._engine):
             raise MemstateError(
@@ -361,13 +361,13 @@ class Relay:
         call()
 
     def wake(self) -> None:
-        """Read the database now, because something was committed."""
+        """Make the background threads read the database now, because something was committed."""
         for worker in self._workers:
             worker.woken.set()
 
     @property
     def is_running(self) -> bool:
-        """Whether it runs in the background."""
+        """Whether this relay runs in the background."""
         return self._cleaner is not None or any(worker.is_running for worker in self._workers)
 
     def __repr__(self) -> str:

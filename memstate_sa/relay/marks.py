@@ -141,9 +141,9 @@ def compare(
 ) -> tuple[Past, bool]:
     """Compare the mark of *index* with its past. Return the past, and True if a new one has begun.
 
-    A new past begins if the index was filled from another past, or if the relay *went_back*: it has seen a later page.
-    *kept_mark* is the mark that the index had before this transaction. *alone*: no other relay lives. An index without
-    a mark fits a database that has just begun to count pages.
+    A new past begins if the index was filled from another past, or if the relay *went_back*. It has then seen a later
+    page than the database has. *kept_mark* is the mark that the index had before this transaction. *alone*: no other
+    relay lives. An index without a mark fits a database that has just begun to count pages.
     """
     first = {**index.values(), **beginning().values()}
     connection.execute(database_of(connection).upsert(past).on_conflict_do_nothing(), first)

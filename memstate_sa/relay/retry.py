@@ -67,7 +67,7 @@ class Breaker:
 
 
 def describe(error: BaseException) -> str:
-    """*error* for an operator: its types and our own message. A vendor's text is left out: it may quote the fact."""
+    """The types of *error*, and our own message, for an operator. A vendor's text is left out: it may quote a fact."""
     message = printable(str(error)[:500]) if isinstance(error, MemstateError) else ""
     cause = error.__cause__
     kinds = type(error).__name__ + (f" from {type(cause).__name__}" if cause is not None else "")

@@ -51,7 +51,7 @@ class Notifier:
         forks.in_child(self, Notifier._begin)
 
     def _begin(self) -> None:
-        """Begin without a thread, also in a forked child. A new name lets the parent's relay see its messages."""
+        """Begin without a thread, also in a forked child. Its new name lets the parent's relay see its messages."""
         self.name = uuid4().hex
         self._lock = threading.Lock()
         self._has_news = threading.Event()
@@ -154,7 +154,7 @@ class Listener:
             try:
                 with contextlib.closing(_own_connection(self._engine)) as connection:
                     connection.execute(text(f"LISTEN {CHANNEL}"))
-                    self._wake()  # for commits before LISTEN
+                    self._wake()  # we got no message about commits before LISTEN
                     self._listen(connection.connection.dbapi_connection)  # detached: it has no driver_connection
             except (SQLAlchemyError, OSError, self._engine.dialect.loaded_dbapi.Error) as error:
                 logger.debug("Could not LISTEN (%s).", type(error).__name__)
@@ -205,7 +205,7 @@ class Changes:
         try:
             if self._connection is None:
                 self._connection = self._engine.connect()
-                self._connection.detach()  # so that it does not count in the application's pool
+                self._connection.detach()  # the connection must not count in the application's pool
             version: int = self._connection.execute(_DATA_VERSION).scalar_one()
             self._connection.rollback()
         except SQLAlchemyError:

@@ -39,7 +39,7 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
     or use it as a context manager. The facts that it returns are detached, so they stay usable after it is closed.
     ``.memory``, ``.engine`` and ``.relay`` are its `Memory`, its Engine and its `Relay`.
 
-    Raises MemstateError for a URL that does not connect, IndexMismatch for an index of another embedder.
+    Raises MemstateError if the URL does not connect, and IndexMismatch if another embedder has filled the index.
 
     ::
 

@@ -101,7 +101,7 @@ def _changed_values(rows: Iterable[_Rows], columns: Sequence[Any]) -> set[Hashab
 
 @dataclass(frozen=True)
 class _Relationship:
-    """A relationship, with the *attributes* that the object refers with. They are empty if they cannot be told."""
+    """A relationship, with the *attributes* that hold the object's reference. They are empty if they are unknown."""
 
     name: str
     attributes: Sequence[str] = ()
