@@ -199,8 +199,8 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     def close(self, timeout: float = STOP_TIMEOUT_S) -> None:
         """Stop this Memory's relays and close its indexes.
 
-        It waits *timeout* seconds at most for a running call of an index or embedder. The index of a longer call is
-        closed when the call has ended: see `Relay.stop`.
+        This call waits at most *timeout* seconds for a running call of an index or embedder. The index of a longer call
+        is closed when the call has ended: see `Relay.stop`.
 
         Afterwards, tracked classes, attached Sessions and engines no longer keep this Memory alive. While the
         application keeps it alive, attached Sessions are still captured. Their next use opens this Memory again, and a

@@ -58,7 +58,7 @@ def _vector(stored: bytes, dimension: int) -> Vector | None:
 
 def store(connection: Connection, vectors: Mapping[str, Vector], embedder: str) -> None:
     """Store *vectors*, which all have the same length. A vector that is stored already is not changed."""
-    digests = sorted(vectors)  # sorted, because two transactions that store the same vectors could deadlock
+    digests = sorted(vectors)  # the order prevents deadlocks of transactions that store the same vectors
     stored = np.stack([vectors[digest] for digest in digests]).astype(_FLOAT32)
     size = stored.shape[1] * _FLOAT32.itemsize
     offsets = [(digest, n * size + 1) for n, digest in enumerate(digests)]

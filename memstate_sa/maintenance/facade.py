@@ -158,9 +158,9 @@ class MaintenanceMethods(MemoryParts):
     ) -> int:
         """Log a baseline for each row of *model* that the log lacks, so that relays deliver it.
 
-        It works in batches, alongside live writes, and resumes after an interruption. Calls in other threads and
-        processes share the work. On SQLite it pauses after each batch for as long as the batch took, so that others can
-        write. Returns the number of baselines that this call logged.
+        The work is done in batches, alongside live writes, and resumes after an interruption. Calls in other threads
+        and processes share it. On SQLite, the call pauses after each batch for as long as the batch took, so that
+        others can write. Returns the number of baselines that this call logged.
 
         *model*: a tracked class, or several (default: all).
         *options*: see `BackfillOptions`.
@@ -324,9 +324,9 @@ class MaintenanceMethods(MemoryParts):
     def purge(self, engine: Engine | AsyncEngine, timeout: float = 30.0) -> None:
         """Deliver the committed erasures, and rewrite the files that may still hold the erased bytes.
 
-        It locks the tables while it works (PostgreSQL: VACUUM FULL; SQLite: VACUUM). An index that replaces its files
-        by a copy is compared with the tables again, without embedding. Backups, replicas, archived WAL and the logs of
-        other programs are out of reach.
+        This call locks the tables while it works (PostgreSQL: VACUUM FULL; SQLite: VACUUM). An index that replaces its
+        files by a copy is compared with the tables again, without embedding. Backups, replicas, archived WAL and the
+        logs of other programs are out of reach.
 
         Raises DeliveryError when the deletions are not delivered within *timeout* seconds. Raises MemstateError when an
         open transaction may still read the erased rows after *timeout* seconds, or the files of an index are out of

@@ -22,7 +22,7 @@ from memstate_sa.relay.plan import ParkedState
 class DeadLetter:
     """A key that ``index`` refused ``attempts`` times.
 
-    It is tried again when its row changes, or by `Relay.retry_dead`. ``key`` is the primary key as a JSON array.
+    The key is tried again when its row changes, or by `Relay.retry_dead`. ``key`` is the primary key as a JSON array.
     ``error`` names types of errors, and shows no data of the fact.
     """
 

@@ -107,7 +107,7 @@ class Delivery:
         self._reader: Connection | None = None
         self._unstored: dict[str, Vector] = {}  # vectors that are not in the database yet
         self._bookmark = Bookmark()
-        self._room = 0  # the number of vectors that may be stored before they are counted again
+        self._room = 0  # the number of vectors that may be stored before the next count
         database = database_of(engine)
         self._page_s = 0.0 if database.has_one_writer else SAVE_EVERY_S
         self.slot_worker = SlotWorker(

@@ -110,7 +110,7 @@ class IndexWorker:
                     self.delivery.name,
                 )
                 return
-        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):  # run_once() in another thread has it
+        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):  # run_once() may hold the lock
             try:
                 self._release()
             finally:

@@ -131,7 +131,7 @@ class Relay:
     def drain(self, timeout: float = 30.0, *, progress: Callable[[int], None] | bool | None = None) -> int:
         """Deliver until every index holds all rows that are committed now. Return the number of keys.
 
-        It waits and tries again when a delivery fails, but it does not wait for parked keys, which an index refused.
+        This call tries again when a delivery fails, but it does not wait for parked keys, which an index refused.
         *progress* is called after every page and every wait, with the number of keys so far; True shows a progress bar.
         Raises DeliveryError after *timeout* seconds, with the last failure as its cause.
         """
@@ -335,8 +335,8 @@ class Relay:
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> None:
         """Finish the current batch, and let other relays take over at once.
 
-        It waits at most *timeout* seconds. If a call of an index or embedder takes longer, a daemon thread finishes the
-        batch and releases the lease. Nothing is lost if the process ends before that.
+        This call waits at most *timeout* seconds. If a call of an index or embedder takes longer, a daemon thread
+        finishes the batch and releases the lease. Nothing is lost if the process ends before that.
         """
         deadline = time.monotonic() + timeout
         for worker in self._workers:
@@ -348,7 +348,7 @@ class Relay:
             if self._cleaner is not None:
                 self._cleaner.stop(deadline)
                 self._cleaner = None
-            with ExitStack() as stack:  # stops all workers, even if one raises
+            with ExitStack() as stack:  # this stops all workers, even if one raises
                 for worker in self._workers:
                     stack.callback(worker.stop, deadline)
 

@@ -69,9 +69,9 @@ class Past:
     def fits(self, kept: str | None, *, alone: bool) -> bool:
         """Whether an index that keeps the mark *kept* was filled from this past.
 
-        Such an index is never ahead. It may be some pages behind, because a relay may have ended after it wrote the
-        row, and before it wrote to the index. Only a relay that is *alone* can tell the distance: other relays would
-        begin pages at the same time.
+        Such an index is never ahead. The index may be some pages behind, because a relay may have ended after it wrote
+        the row, and before it wrote to the index. Only a relay that is *alone* can tell the distance: other relays
+        would begin pages at the same time.
         """
         if kept is None or kept == self.refused:  # the index keeps no marks, or it is being compared already
             return True

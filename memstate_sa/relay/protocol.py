@@ -55,7 +55,7 @@ class _Page:
     written: dict[FactKey, Delivered] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     complete: bool = True
-    reads_ahead: bool = True  # False after reading ahead has failed
+    reads_ahead: bool = True  # becomes False when reading ahead fails
 
 
 @dataclass
@@ -94,7 +94,7 @@ class SlotWorker(SlotOwner):
     ) -> None:
         super().__init__(entities, slots=slots, lease_s=lease_s, save_every_s=save_every_s, clock=clock)
         self.max_batch = page_size
-        self.stopping = False  # set from outside: stop after the current batch
+        self.stopping = False  # callers set this, to stop the delivery after the current batch
         self.more = False  # whether the last delivery knows of more pages
         self._page_size = page_size
         self._policy = policy
@@ -113,7 +113,7 @@ class SlotWorker(SlotOwner):
         self.more = False
         ahead = self._ahead
         count = yield from self._deliver()
-        if self._ahead is ahead:  # it was not used in its turn
+        if self._ahead is ahead:  # the page was not used in its turn
             self._ahead = None
         return count
 
@@ -214,9 +214,9 @@ class SlotWorker(SlotOwner):
     def _read_ahead(self, page: _Page, goes_on: Callable[[], bool]) -> Exchange[None]:
         """Embed the rest of *page*, then read and embed the next page, as long as *goes_on* returns True.
 
-        This may run while the index has not answered an `Upsert` of *page*. Slots and positions do not change, so the
-        result is the same as if this had run just before the `Upsert`. It ends before the lease must be renewed. Errors
-        are ignored, because they occur again in the page's own turn.
+        The exchange may run while the index has not answered an `Upsert` of *page*. It changes neither slots nor
+        positions, so its result is the same as just before the `Upsert`. It ends before the lease must be renewed.
+        Errors are ignored, because they occur again in the page's own turn.
         """
         try:
             yield from self._embed_ahead(page.texts, goes_on)

@@ -40,11 +40,11 @@ class RetryPolicy:
 class Breaker:
     """The circuit breaker of one index: it limits the attempts while the index is unavailable.
 
-    It follows a Retry-After, up to the policy's longest delay.
+    The breaker obeys a Retry-After, up to the policy's longest delay.
     """
 
     def __init__(self, policy: RetryPolicy, jitter: Callable[[], float]) -> None:
-        self.failures = 0  # since the last success
+        self.failures = 0  # the number of failures since the last success
         self.open_until: float | None = None  # the time of the next attempt, while the breaker is open
         self._policy = policy
         self._jitter = jitter

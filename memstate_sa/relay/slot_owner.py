@@ -90,7 +90,7 @@ class SlotOwner:
         """Forget all slots. As after a crash, the next owner settles them."""
         self.epochs: dict[int, int] = {}
         self._groups: list[SlotGroup] = []
-        self._unsure: dict[FactKey, bool] = {}  # True if an unanswered call may still land
+        self._unsure: dict[FactKey, bool] = {}  # the value is True if an unanswered call may still land
         self._late: dict[FactKey, Parked] = {}
         self._filled = False
         self._marked = False

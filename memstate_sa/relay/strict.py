@@ -1,8 +1,8 @@
 """Strict delivery: the indexes are written before COMMIT, and their failure prevents it.
 
 The transaction may still roll back after that. So an intent is recorded first, in a place that no rollback can reach.
-It says that the points of these keys are uncertain. When the transaction has ended in any way, the relay finds the
-intent and delivers its keys. Until then, searches compare fingerprints, and so they do not show rows that SQL lacks.
+The intent says that the points of its keys are uncertain. When the transaction has ended in any way, the relay finds
+the intent and delivers its keys. Until then, searches compare fingerprints, so they do not show rows that SQL lacks.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class Strict:
     def write(self, session: Session, transaction: OpenTransaction) -> None:
         """Write the rows of *transaction* to the indexes. The transaction is flushed and about to commit.
 
-        It is rolled back at once if anything fails. Raises DeliveryError if an index or the embedder fails, or if the
-        intent cannot be recorded.
+        The transaction is rolled back at once if anything fails. Raises DeliveryError if an index or the embedder
+        fails, or if the intent cannot be recorded.
         """
         try:
             self._write(transaction)

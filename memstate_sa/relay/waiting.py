@@ -27,7 +27,7 @@ from memstate_sa.tracking.projection import Projection
 from memstate_sa.tracking.tracked import Tracked
 
 _FEW = 1000
-"""The greatest number of keys that are looked up in the ledger, which is newer than the recorded positions."""
+"""The greatest number of keys that are compared with the ledger, which is newer than the recorded positions."""
 
 _PATIENCE_S = 1.0
 """The interval between the slower checks."""

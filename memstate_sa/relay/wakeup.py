@@ -1,4 +1,4 @@
-"""Messages about commits, which wake relays before their next poll. They may get lost: a poll finds every commit.
+"""Messages about commits, which wake relays before their next poll. Messages may get lost: a poll finds every commit.
 
 On PostgreSQL, a NOTIFY inside the application's transactions would make all commits of the cluster wait for each other.
 So a thread sends it on its own connection, once for all commits of the last milliseconds.
@@ -155,7 +155,7 @@ class Listener:
                 with contextlib.closing(_own_connection(self._engine)) as connection:
                     connection.execute(text(f"LISTEN {CHANNEL}"))
                     self._wake()  # we got no message about commits before LISTEN
-                    self._listen(connection.connection.dbapi_connection)  # detached: it has no driver_connection
+                    self._listen(connection.connection.dbapi_connection)  # a detached one has no driver_connection
             except (SQLAlchemyError, OSError, self._engine.dialect.loaded_dbapi.Error) as error:
                 logger.debug("Could not LISTEN (%s).", type(error).__name__)
             self._stopping.wait(_RETRY_S)
@@ -193,7 +193,7 @@ class Changes:
         self._engine = engine
         self._connection: Any = None
         self._version: int | None = None
-        forks.in_child(self, Changes.close)  # SQLite would take the locks of the parent's connection for the child's
+        forks.in_child(self, Changes.close)  # SQLite would believe that the parent's locks are the child's
 
     def seen(self) -> bool:
         if not database_of(self._engine).runs_in_process:

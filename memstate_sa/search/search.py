@@ -393,7 +393,7 @@ def resolve_target(registry: Registry, target: Any) -> tuple[Select[Any], Tracke
         tracked = registry.of(target)
         return (tracked.select_all if target is tracked.model else select(target)), tracked
     if not isinstance(target, Select):
-        raise MemstateError(f"Cannot search {target!r}: it is neither a tracked class nor a select() of one.")
+        raise MemstateError(f"Cannot search {target!r}. Give a tracked class, or a select() of one.")
     columns = target.column_descriptions
     if len(columns) != 1 or columns[0]["type"] is not columns[0]["expr"]:
         raise MemstateError(

@@ -1,7 +1,7 @@
 """Expire the loaded attributes that an undo has changed. The Session loads them again at the next access.
 
-A Session expires collections only when it flushes or refreshes objects itself. It does not see an undo, which writes by
-Core. This module sends no statements.
+A Session expires collections only when it flushes or refreshes objects itself. A Session does not see an undo, which
+writes by Core. This module sends no statements.
 """
 
 from __future__ import annotations

@@ -350,7 +350,7 @@ def _unused(type_: Any) -> Any:  # one case per type
         case Date():
             value = date.min + timedelta(microseconds=secrets.randbelow(_SPAN_US))
         case DateTime():
-            value = datetime(100, 1, 1) + timedelta(microseconds=secrets.randbelow(_SPAN_US))  # noqa: DTZ001  # for columns with and without zone
+            value = datetime(100, 1, 1) + timedelta(microseconds=secrets.randbelow(_SPAN_US))  # noqa: DTZ001  # the column may have no zone
         case Uuid():
             value = uuid4() if type_.as_uuid else str(uuid4())
         case LargeBinary():
