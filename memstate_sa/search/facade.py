@@ -195,9 +195,9 @@ class SearchMethods(MemoryParts):
             yield session
 
     def diff(self, session: SyncSession, a: Moment, b: Moment | None = None, model: type[Any] | None = None) -> Changes:
-        """The difference between moment *a* and moment *b* (default: now), as one change a fact.
+        """The difference between moment *a* and moment *b* (default: now), as one change per fact.
 
-        Facts that are the same at both moments are left out. Labels and ids are those of the fact's last change.
+        Facts that are the same at both moments are left out. A change has the labels and ids of the fact's last change.
         *model*: only facts of this class.
         """
         classes = [self._registry.of_whole(model)] if model is not None else list(self._registry.by_entity.values())

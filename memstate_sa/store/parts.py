@@ -44,7 +44,7 @@ class StoreParts:
     def transaction(self, **labels: Unpack[Labels]) -> Iterator[Session]:
         """Make several calls one SQL transaction: all of them take effect, or none.
 
-        Calls in the same thread join it. A call that raises leaves nothing of its own. Catch its error to go on with
+        Calls in the same thread join the transaction. A call that raises writes nothing. Catch its error to go on with
         the other calls.
 
         ::
@@ -62,7 +62,7 @@ class StoreParts:
         if open_session is not None:
             with open_session.begin_nested():
                 yield open_session
-            self.memory.annotate(open_session, **labels)  # at the end: a call that failed leaves no labels either
+            self.memory.annotate(open_session, **labels)  # annotate last: a failed call must leave no labels either
             return
         self._open()
         with self._alone():
@@ -120,7 +120,7 @@ class StoreParts:
             logger.warning("not delivered yet: %s", error if isinstance(error, DeliveryError) else type(error).__name__)
 
     def _open(self) -> None:
-        """Connect, unless that is done. Raises MemstateError after `close`."""
+        """Connect at the first call. Raises MemstateError after `close`."""
         if self._closed:
             raise MemstateError("This MemoryStore is closed. Make another one.")
         if not self._is_connected:

@@ -99,7 +99,7 @@ class ReadingMethods(StoreParts):
     def as_of(self, id: str, at: Moment) -> Fact | None:
         """A copy of fact *id* as it was at a time, or after a transaction (``Change.tx``).
 
-        None: there was no such fact. Raises HistoryMissing for an erased fact.
+        Returns None if there was no such fact then. Raises HistoryMissing for an erased fact.
 
         ::
 
@@ -117,6 +117,6 @@ class ReadingMethods(StoreParts):
             return self.memory.diff(session, a, b, Fact)
 
     def token(self, id: str) -> str | None:
-        """The transaction that changed fact *id* last, for `wait` in any process. None: there never was such a fact."""
+        """The transaction that changed fact *id* last, for `wait` in any process. None if no such fact ever existed."""
         changes = self.history(id, limit=1)
         return changes[0].tx if changes else None
