@@ -184,11 +184,18 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     ) -> None:
         """Label the changes of the current (or next) transaction of *session*. The labels end with that transaction.
 
-        A label that is None stays as it was.
+        A label that is None stays as it was. In a step of a LangGraph thread, *session_id* can only be the thread's id:
+        another one raises MemstateError.
         """
         for name, value in (("actor", actor), ("reason", reason), ("session_id", session_id)):
             require_label(name, value)
         transaction = self._transaction(sync_session(session))
+        if session_id is not None and transaction.thread_id not in (None, session_id):
+            raise MemstateError(
+                f"Cannot use session_id={session_id!r} in a step of thread {transaction.thread_id!r}. The log has one "
+                "session_id for all changes of a step: the thread. Label a run with actor=. Give a fact its own "
+                "session by Fact(session_id=…)."
+            )
         transaction.actor = actor if actor is not None else transaction.actor
         transaction.reason = reason if reason is not None else transaction.reason
         transaction.session_id = session_id if session_id is not None else transaction.session_id

@@ -62,7 +62,8 @@ class StoreParts:
         if open_session is not None:
             with open_session.begin_nested():
                 yield open_session
-            self.memory.annotate(open_session, **labels)  # annotate last: a failed call must leave no labels either
+                open_session.flush()  # a call that fails leaves no labels, and wrong labels leave no changes
+                self.memory.annotate(open_session, **labels)
             return
         self._open()
         with self._alone():

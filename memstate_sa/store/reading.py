@@ -33,6 +33,9 @@ class ReadingMethods(StoreParts):
     ) -> list[Fact]:
         """The facts of a type and of a session whose payload fields equal *filters*, oldest first.
 
+        *session_id* is the fact's own column, from ``Fact(session_id=…)`` or ``commit(…, session_id=…)``. For the facts
+        that a transaction with this label has changed, call `history`.
+
         ::
 
             notes = store.query("note", {"user": "ada"}, session_id="chat-1")
@@ -88,6 +91,9 @@ class ReadingMethods(StoreParts):
     ) -> Changes:
         """The changes of fact *id*, or of all facts, oldest first.
 
+        Items of a MemStateStore are left out: ``store.memory.history(session)`` has them too. `revoke` and `rollback`
+        undo changes of both.
+
         *actor*, *session_id*: only changes with this label.
         *limit*: only the newest changes, at most this number.
         """
@@ -112,7 +118,10 @@ class ReadingMethods(StoreParts):
         return None if values is None else Fact(**values)
 
     def diff(self, a: Moment, b: Moment | None = None) -> Changes:
-        """The difference between two moments (*b*: now), as one change for each fact; see `Memory.diff`."""
+        """The difference between two moments (*b*: now), as one change for each fact; see `Memory.diff`.
+
+        Items of a MemStateStore are left out: ``store.memory.diff(session, a, b)`` has them too.
+        """
         with self._reading() as session:
             return self.memory.diff(session, a, b, Fact)
 
