@@ -12,7 +12,7 @@ from functools import partial, wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import URL, Engine
 
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes.base import VectorIndex
@@ -73,7 +73,7 @@ class AsyncMemoryStore:
 
     def __init__(
         self,
-        url_or_engine: str | Engine | AsyncEngine,
+        url_or_engine: str | URL | Engine | AsyncEngine,
         index: VectorIndex | Mapping[str, VectorIndex] | None = None,
         **options: Unpack[StoreOptions],
     ) -> None:
