@@ -18,7 +18,6 @@ from memstate_sa.runtime import forks
 
 _ATTRIBUTE = "memstate_own_pool"
 URL_EXAMPLES = "Write for example sqlite:///app.db or postgresql+psycopg://user@host/app."
-_NAMES_OF_POSTGRESQL = {"postgres", "pgsql", "psql", "pg"}  # by others, not by SQLAlchemy
 _ADVICE = {
     True: "Check the path, and the rights on its folder.",
     False: "Check the URL, and that the server runs and has this database.",
@@ -111,19 +110,17 @@ def blocking_engine(url: URL, **options: Any) -> Engine:
 def engine_of(url: str | URL) -> Engine:
     """An engine for threads on *url* as users write it. Raises MemstateError.
 
-    ``postgresql://…`` takes psycopg. A driver for asyncio is replaced by one for threads.
+    ``postgresql://…`` and ``postgres://…`` take psycopg. A driver for asyncio is replaced by one for threads.
     """
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):  # not chained: the text of a ValueError may quote a part of the password
         raise MemstateError(f"This is not a database URL. {URL_EXAMPLES}") from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
     kind = parsed.get_backend_name()
-    if kind in _NAMES_OF_POSTGRESQL:
-        raise MemstateError(f"SQLAlchemy does not know {kind}://. Write postgresql+psycopg://…")
     if kind not in BY_NAME:
         raise MemstateError(f"memstate_sa does not support {kind}. It works with PostgreSQL and SQLite. {URL_EXAMPLES}")
-    if parsed.drivername == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
     in_memory = BY_NAME[kind] is SQLITE and (parsed.database or ":memory:") == ":memory:"
     options: dict[str, Any] = (
         {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if in_memory else {}

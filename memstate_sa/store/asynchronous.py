@@ -57,6 +57,8 @@ def directly(method: Callable[Concatenate[MemoryStore, P], R]) -> Callable[Conca
 class AsyncMemoryStore:
     """A `MemoryStore` for asyncio. It has the same options and the same methods, to be awaited.
 
+    Only `register_schema` is not awaited, because it does not block.
+
     The first call connects and creates the tables, as ``async with`` does. All work runs in threads, so the event loop
     goes on. ``.sync_store`` is the `MemoryStore` itself, for LangGraph's checkpointer and store, for example.
 
@@ -246,8 +248,8 @@ def _block_of(store: AsyncMemoryStore) -> _TransactionBlock | None:
         if block.store is store and not block.is_over:
             if block.task is not asyncio.current_task():
                 raise MemstateError(
-                    "Cannot use this transaction. It belongs to the task that created this one. Await the call in the "
-                    "block itself: asyncio.gather and wait_for create tasks."
+                    "Cannot use a transaction of another task. Only the task that began the block can use it. "
+                    "Await the call in the block itself: asyncio.gather and wait_for create tasks."
                 )
             return block
     return None

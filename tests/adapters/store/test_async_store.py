@@ -321,7 +321,7 @@ async def test_a_task_created_inside_is_refused(store: AsyncMemoryStore) -> None
     async with store.transaction():
         await store.commit(note("kept"))
         for call in (store.commit(note("other")), store.query()):
-            with pytest.raises(MemstateError, match="It belongs to the task that created this one"):
+            with pytest.raises(MemstateError, match="Cannot use a transaction of another task"):
                 await asyncio.create_task(call)
     assert await all_contents(store) == ["kept"]
 
