@@ -107,7 +107,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         """The embedder of the first index. Raises MemstateError when this Memory has no index."""
         for destination in self._destinations.values():
             return destination.vectors.embedder
-        raise MemstateError("Cannot embed: this Memory has no index. Use Memory(index, embedder=…).")
+        raise MemstateError("Cannot embed: there is no index. Give one as index= to Memory or MemoryStore.")
 
     # -- adoption --------------------------------------------------------------------------------------------------
 

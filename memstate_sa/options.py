@@ -240,9 +240,12 @@ class BackfillOptions(TypedDict, total=False):
     """A function of the number of rows that all callers have checked, and of the total. True shows a progress bar."""
 
 
-def require_options(function: str, options: Mapping[str, object], declared: type) -> None:
-    """Raise TypeError for an option that is not *declared*, with the name that is closest to it."""
-    names = list(declared.__annotations__)
+def require_options(function: str, options: Mapping[str, object], declared: type, *parameters: str) -> None:
+    """Raise TypeError for an option that is not *declared*, with the name that is closest to it.
+
+    *parameters*: the names of the function's own parameters, which may be the closest too.
+    """
+    names = [*declared.__annotations__, *parameters]
     for name in options:
         if name not in names:
             from difflib import get_close_matches

@@ -11,6 +11,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
+from memstate_sa.db.engines import connection_failure
 from memstate_sa.db.joined_session import current_session, use_session
 from memstate_sa.errors import DeliveryError, MemstateError
 from memstate_sa.memory import Memory
@@ -135,14 +136,8 @@ class StoreParts:
         try:
             self.memory.create_tables(self.engine)
         except DBAPIError as error:
-            raise MemstateError(
-                f"Cannot open {self._shown_url()}: {type(error.orig).__name__}. Check the URL and the database."
-            ) from error
+            raise connection_failure(self.engine.url, error) from error
         if self._drains:
             self._deliver()
         elif self._background:
             self.relay.start()
-
-    def _shown_url(self) -> str:
-        """The URL without secrets: its query may hold a password, too."""
-        return self.engine.url.set(query={}).render_as_string()

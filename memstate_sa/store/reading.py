@@ -12,7 +12,7 @@ from memstate_sa.db.json_filter import member_equals
 from memstate_sa.fact import Fact
 from memstate_sa.log.changes import Changes
 from memstate_sa.log.history import Moment
-from memstate_sa.options import SearchOptions
+from memstate_sa.options import SearchOptions, require_options
 from memstate_sa.search.hits import Hits
 from memstate_sa.store.parts import StoreParts
 from memstate_sa.tracking.fact_types import check_id, check_texts
@@ -63,6 +63,7 @@ class ReadingMethods(StoreParts):
             for hit in store.search("what does Ada drink?", filters={"user": "ada"}):
                 print(hit.fact.payload, hit.score)
         """
+        require_options("search", options, SearchOptions, "query", "limit", "filters", "type", "session_id")
         with self._reading() as session:
             target = self._selecting(type, filters, session_id)
             return self.memory.search(session, query, target, limit=limit, **options)
