@@ -49,7 +49,7 @@ class UndoMethods(MemoryParts):
         ``on_conflict="skip"`` leaves such facts as they are, and "force" overwrites later changes of the same facts.
         Constraints that only the database knows, as of a partial index or a table that is not tracked, always raise.
         """
-        require_options("rollback", options, RollbackOptions)
+        require_options(UndoMethods.rollback, options, RollbackOptions)
         sync = blocking_session(session, "rollback")
         scope = self._scope(sync, session_id, options)
         tx, to = options.get("tx"), options.get("to")
@@ -75,7 +75,7 @@ class UndoMethods(MemoryParts):
 
         *options*: see `RevokeOptions`.
         """
-        require_options("revoke", options, RevokeOptions)
+        require_options(UndoMethods.revoke, options, RevokeOptions)
         sync = blocking_session(session, "revoke")
         scope = self._scope(sync, options.get("session_id"), options)
         tx = options.get("tx", ())
