@@ -16,7 +16,7 @@ from sqlalchemy import inspect
 from sqlalchemy.engine import Engine
 
 from memstate_sa import Memory
-from memstate_sa.cli.opening import import_failure, module_roots, tracked_classes
+from memstate_sa.cli.opening import import_failure, memory_in, module_roots, tracked_classes
 from memstate_sa.errors import MemstateError
 from memstate_sa.maintenance.doctor import folded
 
@@ -339,7 +339,7 @@ def find_memories(folder: Path) -> list[str]:
                 raise MemstateError(import_failure(name, error)) from error
             for attribute in attributes:
                 value = getattr(module, attribute, None)
-                if isinstance(getattr(value, "memory", value), Memory):
+                if memory_in(value) is not None:
                     names.setdefault(id(value), f"{name}:{attribute}")
     return list(names.values())
 

@@ -12,8 +12,11 @@ from rich.table import Table
 from memstate_sa.cli.display import Console, cell, counted, fact_name, facts_json, print_json, progress_bar
 from memstate_sa.cli.opening import open_memory, tracked_classes
 from memstate_sa.cli.options import App, JsonDocument, Url
+from memstate_sa.cli.relay import FILLING
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from memstate_sa import Diagnosis, Memory
 
 _EXAMPLES = 20  # the most facts of each kind that are named
@@ -54,7 +57,11 @@ def verify(
             waiting_facts = counted(waiting, "fact waits", "facts wait")
             console.print(f"{waiting_facts} for the running relay." if waiting else "[green]Repaired.[/]")
         else:
-            console.print("[red]The index has drifted.[/] --repair delivers these facts again.")
+            unfilled = [name for name, backlog in memory.status(engine).items() if backlog.refilling]
+            if unfilled:
+                console.print(f"[yellow]Not filled yet: {escape(', '.join(unfilled))}.[/] {FILLING}", soft_wrap=True)
+            else:
+                console.print("[red]The index has drifted.[/] --repair delivers these facts again.")
             raise typer.Exit(1)
 
 
@@ -68,7 +75,7 @@ def doctor(
 ) -> None:
     """Compare the log with the tables, and look for the causes of a difference.
 
-    The exit code is 1 if something is wrong.
+    The exit code is 1 if something is wrong, and with --repair if something is still wrong.
 
     memstate-sa doctor
     memstate-sa doctor --repair
@@ -76,10 +83,11 @@ def doctor(
     with open_memory(app, url, must_have_tables=False) as (memory, engine):
         with progress_bar("comparing") as update:
             diagnosis = memory.doctor(engine, repair=repair, progress=update)
-        is_right = diagnosis.healthy or (repair and not diagnosis.has_problems)
+            differs = bool(diagnosis.changed or diagnosis.gone)
+            left = memory.doctor(engine, progress=update) if repair and differs else diagnosis
         if as_json:
             _print_document(diagnosis, memory)
-            raise typer.Exit(0 if is_right else 1)
+            raise typer.Exit(0 if left.healthy else 1)
         console = Console()
         table = Table("rows checked", "changed", "gone", "not in the log")
         counts = (diagnosis.checked, len(diagnosis.changed), len(diagnosis.gone), diagnosis.unlogged)
@@ -87,17 +95,21 @@ def doctor(
         console.print(table)
         _print_facts(console, {"changed": diagnosis.changed, "gone": diagnosis.gone})
         _print_problems(console, diagnosis)
+        print_id_note(console, memory, engine)
         if diagnosis.unlogged:
             console.print(f"{counted(diagnosis.unlogged, 'row has', 'rows have')} no entry in the log. Run:")
             command = f"memstate-sa backfill {' '.join(_unlogged(diagnosis, memory))}"
             console.print(command, markup=False, highlight=False, soft_wrap=True)
         if diagnosis.healthy:
             console.print("[green]The log agrees with the tables.[/]")
-        elif is_right:
-            console.print("[green]Reconciled.[/] The relay delivers these facts.")
-        elif diagnosis.changed or diagnosis.gone:
-            console.print("[red]The tables were changed without the log.[/] --repair logs these changes.")
-        if not is_right:
+        elif left.changed or left.gone:
+            advice = (
+                "Not all of these changes could be logged. Try again." if repair else "--repair logs these changes."
+            )
+            console.print(f"[red]The tables were changed without the log.[/] {advice}")
+        elif differs:
+            console.print("[green]Reconciled.[/] The log has these changes now, and the relay delivers them.")
+        if not left.healthy:
             raise typer.Exit(1)
 
 
@@ -106,6 +118,21 @@ def _print_problems(console: Console, diagnosis: Diagnosis) -> None:
 
     for problem in folded(diagnosis.problems):
         console.print(f"[red]{escape(problem.subject)}[/] {escape(problem.message)}", highlight=False, soft_wrap=True)
+
+
+def print_id_note(console: Console, memory: Memory, engine: Engine) -> None:
+    """Warn of tables in which two rows may have the same id, one after the other."""
+    from memstate_sa.db.sqlite import gives_ids_again
+
+    tables = dict.fromkeys(table for tracked in tracked_classes(memory).values() for table in tracked.tables)
+    names = ", ".join(table.fullname for table in tables if gives_ids_again(engine, table))
+    if names:
+        console.print(
+            f"[yellow]Note:[/] SQLite may give the id of a deleted row to a new row in {escape(names)}. Both rows then "
+            "have one history. sqlite_autoincrement=True prevents it: see the guide to existing data.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _unlogged(diagnosis: Diagnosis, memory: Memory) -> dict[str, int]:

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from memstate_sa.cli.display import Console
 from memstate_sa.cli.errors import exit_on_error
+from memstate_sa.cli.health import print_id_note
 from memstate_sa.cli.opening import missing_file, open_memory
 from memstate_sa.cli.options import Url
 
@@ -70,8 +71,13 @@ def init(
             console.print(f"[red]✗[/] {escape(item.title)}" if item.to_do else f"[green]✓[/] {escape(item.title)}")
             for line in item.to_do.splitlines():
                 console.print(f"    {escape(line)}", highlight=False, soft_wrap=True)
-        missing = sum(bool(item.to_do) for item in items)
-        console.print(f"To do: {missing} of {len(items)} items." if missing else "There is nothing left to do.")
+        if is_known:
+            print_id_note(console, memory, engine)
+        missing = sum(bool(item.to_do) for item in items) - (not is_known)
+        unchecked = "" if is_known else " The database was not checked."
+        console.print(
+            (f"To do: {missing} of {len(items)} items." if missing else "There is nothing left to do.") + unchecked
+        )
 
 
 def _only_memory() -> str:

@@ -81,6 +81,8 @@ def load(path: str, option: str) -> Any:
         raise typer.BadParameter(
             f"Module {module_name!r} has no attribute {name!r}.{hint}", param_hint=option
         ) from error
+    except Exception as error:  # noqa: BLE001  # an object of the application computes its attributes
+        fail(f"Cannot read {path!r}. {type(error).__name__}: {error}")
 
 
 def module_roots(folder: Path) -> list[Path]:
@@ -125,10 +127,7 @@ def _is_application_file(name: str) -> bool:
 
 def _memory_of(path: str, target: Any) -> Memory:
     """The Memory that *target* is, or that it has as a MemoryStore does."""
-    from memstate_sa import Memory
-
-    memory = target if isinstance(target, Memory) else getattr(target, "memory", None)
-    if isinstance(memory, Memory):
+    if (memory := memory_in(target)) is not None:
         return memory
     module = sys.modules[path.partition(":")[0]]
     names = [f"{module.__name__}:{name}" for name in _memory_names(module)]
@@ -136,16 +135,28 @@ def _memory_of(path: str, target: Any) -> Memory:
         hint = f"Did you mean {' or '.join(names)}?"
     else:
         hint = "Name one at the top level of your module, for example memory = Memory(…)."
-    kind = "it is a class" if inspect.isclass(target) else "it is a function" if callable(target) else None
+    kind = "it is a class" if issubclass(type(target), type) else "it is a function" if callable(target) else None
     kind = kind or f"its type is {type(target).__name__}"
     raise typer.BadParameter(f"{path} is not a Memory or a MemoryStore ({kind}). {hint}", param_hint="--app")
 
 
 def _memory_names(module: ModuleType) -> list[str]:
     """The names of the Memory and MemoryStore objects at the top level of *module*."""
-    from memstate_sa import Memory
+    return [name for name, value in vars(module).items() if memory_in(value) is not None]
 
-    return [name for name, value in vars(module).items() if isinstance(getattr(value, "memory", value), Memory)]
+
+def memory_in(value: Any) -> Memory | None:
+    """The Memory that *value* is, or that it has as its attribute ``memory``. None for other objects.
+
+    No code of *value* runs: Flask's ``request``, for example, raises outside of a request whatever is asked of it.
+    """
+    from memstate_sa import Memory
+    from memstate_sa.store import AsyncMemoryStore
+
+    if issubclass(type(value), AsyncMemoryStore):
+        value = value.memory
+    memory = value if issubclass(type(value), Memory) else inspect.getattr_static(value, "memory", None)
+    return memory if issubclass(type(memory), Memory) else None
 
 
 # -- names of classes and indexes ------------------------------------------------------------------------------------

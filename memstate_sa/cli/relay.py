@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from memstate_sa import Memory
 
 _LAST_PORT = 65535
+FILLING = "Start a relay, or run `memstate-sa drain`."
 
 
 def relay(
@@ -109,6 +110,8 @@ def relay(
                 Console().print(f"{counted(delivery.run_once(), 'key', 'keys')} converged.")
             finally:
                 delivery.stop()  # now, so that another relay need not wait for the lease
+            if unfilled := [name for name, backlog in memory.status(engine).items() if backlog.refilling]:
+                Console().print(f"Not filled yet: {escape(', '.join(unfilled))}. {FILLING}", soft_wrap=True)
             return
         processes.configure_logging(level=log_level, as_json=log_json, worker=worker)
         if workers > 1:

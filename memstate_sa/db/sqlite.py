@@ -20,7 +20,7 @@ import weakref
 from contextlib import suppress
 from typing import Any, Protocol
 
-from sqlalchemy import SelectBase, event, text
+from sqlalchemy import SelectBase, Table, event, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
@@ -202,6 +202,16 @@ def leaks_savepoints(engine: Engine) -> bool:
             connection.exec_driver_sql("DROP TABLE temp.memstate_probe")
             connection.commit()
     return leaked
+
+
+def gives_ids_again(engine: Engine, table: Table) -> bool:
+    """Whether SQLite may give the id of a deleted row of *table* to a new row."""
+    if database_of(engine) is not SQLITE or table.autoincrement_column is None:
+        return False
+    statement = text("SELECT upper(sql) FROM sqlite_master WHERE type = 'table' AND name = :name")
+    with engine.connect() as connection:
+        source = connection.scalar(statement, {"name": table.name})
+    return source is not None and "AUTOINCREMENT" not in source
 
 
 def is_busy(error: DBAPIError) -> bool:

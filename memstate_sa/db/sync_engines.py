@@ -28,7 +28,9 @@ class SyncEngines:
             missing_tables.explain(engine)
             return engine
         if not hasattr(engine, "sync_engine"):
-            raise MemstateError(f"engine={engine!r} is not an Engine. Create one with sqlalchemy.create_engine(url).")
+            has_engine = isinstance(getattr(type(engine), "engine", None), property)  # Flask-SQLAlchemy's db
+            advice = "Give its attribute engine." if has_engine else "Create one with sqlalchemy.create_engine(url)."
+            raise MemstateError(f"engine={engine!r} is not an Engine. {advice}")
         url: URL = engine.url
         sync = self.by_url.get(url) if use is None else self.by_url.setdefault(url, use)
         if sync is None:

@@ -227,8 +227,8 @@ class ChromaIndex(Adapter):
         settings = self._client.get_settings()
         if settings.chroma_server_host:
             raise MemstateError(
-                f"Cannot purge collection {self._name!r}. Its files belong to a Chroma server. Stop the server, and "
-                "purge with a PersistentClient on its folder."
+                f"Cannot purge collection {self._name!r}. Its files belong to a Chroma server, and may still "
+                "hold deleted points. Stop the server, and purge with a PersistentClient on its folder."
             )
         if not settings.is_persistent:
             return

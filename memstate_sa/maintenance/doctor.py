@@ -43,6 +43,7 @@ _UNSURE = (
     "%s: cannot log missing rows as deleted. Another transaction is writing to the table, and may be inserting them "
     "again. Repair again when that transaction has ended."
 )
+_SHOWN = 3  # the most facts and problems that a repr names
 RECONCILED = "reconciled"
 """The reason of transactions in which the doctor logs unlogged changes."""
 
@@ -114,7 +115,10 @@ class Diagnosis:
             "problems": len(self.problems),
         }
         found = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        return summary(self, "healthy" if self.healthy else "not healthy", f"{self.checked} checked", found)
+        facts = [f"{entity} {key!r}" for entity, key in [*self.changed, *self.gone][:_SHOWN]]
+        problems = [f"{problem.subject} {problem.message}" for problem in self.problems[:_SHOWN]]
+        health = "healthy" if self.healthy else "not healthy"
+        return summary(self, health, f"{self.checked} checked", found, ", ".join(facts), *problems)
 
     def _repr_html_(self) -> str:
         rows = [(kind, *fact) for kind in ("changed", "gone") for fact in getattr(self, kind)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO, Unpack
@@ -13,7 +13,7 @@ from sqlalchemy.engine import Engine
 from memstate_sa.db.async_methods import AsyncMethod
 from memstate_sa.db.sessions import AnySession, SyncSession, blocking_session, sync_session
 from memstate_sa.db.sqlite import require_no_transaction
-from memstate_sa.errors import MemstateError
+from memstate_sa.errors import DeliveryError, MemstateError
 from memstate_sa.indexes.base import PurgeableIndex
 from memstate_sa.maintenance import reindex
 from memstate_sa.maintenance.backfill import Backfill
@@ -329,15 +329,27 @@ class MaintenanceMethods(MemoryParts):
         logs of other programs are out of reach.
 
         Raises DeliveryError when the deletions are not delivered within *timeout* seconds. Raises MemstateError when an
-        open transaction may still read the erased rows after *timeout* seconds, or the files of an index are out of
-        reach.
+        open transaction may still read the erased rows after *timeout* seconds. Raises MemstateError, after all other
+        work is done, when the files of an index are out of reach: those of a server.
         """
         sync = self._idle_engine(engine)
         self._deliver(sync, timeout)
         try:
-            for index in self.indexes.values():
-                if isinstance(index, PurgeableIndex):
-                    index.purge()
+            refusals = list(self._purge_indexes())
             self._deliver(sync, timeout)
         finally:
             self._eraser.overwrite(sync, timeout)
+        if refusals:
+            reasons = " ".join(map(str, refusals))
+            raise MemstateError(f"{reasons} The tables, and all other indexes, are purged.") from refusals[0]
+
+    def _purge_indexes(self) -> Iterator[MemstateError]:
+        """Rewrite the files of the indexes. Returns an error for each index whose files are out of reach."""
+        for index in self.indexes.values():
+            try:
+                if isinstance(index, PurgeableIndex):
+                    index.purge()
+            except DeliveryError:
+                raise
+            except MemstateError as error:
+                yield error

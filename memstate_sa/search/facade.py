@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast, overload
 
 from sqlalchemy import Select, inspect
 from sqlalchemy.engine import Connection, Engine
@@ -142,7 +142,7 @@ class SearchMethods(MemoryParts):
         if isinstance(model_or_instance, type):
             model = model_or_instance
         elif model is not None:
-            self._registry.of(model)
+            self._registry.of(cast("type[Any]", model_or_instance) if isinstance(model_or_instance, str) else model)
             key = inspect(model_or_instance).identity
             if key is None:
                 raise MemstateError(f"{model_or_instance!r} has no history: it was never flushed. Flush it first.")

@@ -118,8 +118,9 @@ class Registry:
         mapper = inspect(model, raiseerr=False)
         tracked = self.find(mapper) if isinstance(mapper, Mapper) else None
         if tracked is None:
-            name = getattr(model, "__name__", repr(model))
-            raise MemstateError(f"{name} is not tracked by this Memory. Call memory.track({name}, text=…).")
+            name = getattr(model, "__name__", None)
+            advice = f"Call memory.track({name}, text=…)." if name else "Give the mapped class, not its name."
+            raise MemstateError(f"{name or repr(model)} is not tracked by this Memory. {advice}")
         return tracked
 
     def of_whole(self, model: type[Any]) -> Tracked:

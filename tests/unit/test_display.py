@@ -75,7 +75,11 @@ def test_changed_is_the_columns_that_differ() -> None:
             "<DriftReport [not clean | 9 checked | 1 ghost, 1 pending]>",
         ),
         (Diagnosis(checked=9), "<Diagnosis [healthy | 9 checked]>"),
-        (Diagnosis(9, {Tip: 3}, [("tip", 1)]), "<Diagnosis [not healthy | 9 checked | 1 changed, 3 unlogged]>"),
+        (Diagnosis(9, {Tip: 3}, [("tip", 1)]), "<Diagnosis [not healthy | 9 checked | 1 changed, 3 unlogged | tip 1]>"),
+        (
+            Diagnosis(9, gone=[("tip", 1)], problems=[Problem("memstate_log", "is not protected.")]),
+            "<Diagnosis [not healthy | 9 checked | 1 gone, 1 problems | tip 1 | memstate_log is not protected.]>",
+        ),
         (Revocation([UPDATE], [UPDATE, UPDATE]), "<Revocation [1 reverted | 2 kept, 0 in conflict]>"),
         (Memory(), "<Memory [no index]>"),
         (Memory(InMemoryIndex(), embedder=HashEmbedder()), "<Memory [memory: InMemoryIndex]>"),

@@ -358,11 +358,47 @@ def test_doctor_tells_what_came_past_the_log(app: Application) -> None:
         connection.execute(text("UPDATE note SET text = 'Likes coffee'"))
     told = flat(app.run("doctor", exit_code=1))
     assert f"changed: note {key}" in told and "--repair logs these changes" in told and "coffee" not in told
-    assert "Reconciled" in app.run("doctor", "--repair")
+    assert "Reconciled. The log has these changes now" in flat(app.run("doctor", "--repair"))
     assert "The log agrees with the tables" in app.run("doctor")
     assert "reconciled" in app.run("log", "Note")
     app.run("drain")
     assert "Nothing has drifted" in app.run("verify")
+
+
+def test_doctor_repairs_beside_a_problem_that_stays(app: Application) -> None:
+    """It tells that the changes are in the log. The exit code is that of the problem."""
+    app.add("Likes tea")
+    app.run("drain")
+    with app.engine.begin() as connection:
+        connection.execute(text("UPDATE note SET text = 'Likes coffee'"))
+        connection.execute(text("DROP TABLE memstate_parked"))
+    told = flat(app.run("doctor", "--repair", exit_code=1))
+    assert "memstate_parked does not exist" in told and "The log has these changes now" in told
+    assert "--repair logs" not in told
+
+
+def test_doctor_and_init_warn_of_ids_that_come_twice(app: Application) -> None:
+    """This is a note: both commands succeed. A composite key is not concerned."""
+    for command in ("doctor", "init"):
+        told = flat(app.run(command))
+        assert "SQLite may give the id of a deleted row to a new row in note. Both" in told
+    with app.engine.begin() as connection:
+        connection.execute(text("DROP TABLE note"))
+        connection.execute(text("CREATE TABLE note (id INTEGER PRIMARY KEY AUTOINCREMENT, text VARCHAR NOT NULL)"))
+    for command in ("doctor", "init"):
+        assert "SQLite may give" not in app.run(command)
+
+
+def test_index_that_is_not_filled_yet_is_told(app: Application) -> None:
+    """A relay has to fill it. This is no drift."""
+    with app.engine.begin() as connection:
+        connection.execute(text("INSERT INTO note (text) VALUES ('older than tracking')"))
+    advice = "Not filled yet: memory. Start a relay, or run `memstate-sa drain`."
+    assert advice in flat(app.run("relay", "--once"))
+    told = flat(app.run("verify", exit_code=1))
+    assert advice in told and "drifted" not in told
+    app.run("drain")
+    assert "Not filled" not in app.run("relay", "--once")
 
 
 def hinted(output: str) -> list[str]:

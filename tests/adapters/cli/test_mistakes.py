@@ -49,6 +49,32 @@ def test_application_is_found_in_the_folder_src(app: Application) -> None:
     assert "pending" in invoke("status", "--app", f"inner_{app.name}:memory", "--url", app.url)
 
 
+PROXIES = """
+class Proxy:
+    def __getattribute__(self, name):
+        raise RuntimeError("Working outside of application context.")
+
+
+g = Proxy()
+memory = None
+"""
+
+
+@pytest.mark.parametrize("name", ["create_app", "g", "g.memory"])
+def test_objects_that_cannot_be_asked_are_left_alone(bare: Application, name: str) -> None:
+    """Flask's g and request are such objects outside of a request, and many modules import them."""
+    module = f"proxies_{bare.name}"
+    Path(f"{module}.py").write_text(f"{PROXIES}\nfrom {bare.name} import memory\n")
+    exit_code = 1 if "." in name else 2
+    output = flat(invoke("status", "--app", f"{module}:{name}", "--url", bare.url, exit_code=exit_code))
+    expected = {
+        "create_app": "has no attribute 'create_app'.",
+        "g": f"is not a Memory or a MemoryStore (its type is Proxy). Did you mean {module}:memory?",
+        "g.memory": "RuntimeError: Working outside of application context.",
+    }
+    assert expected[name] in output
+
+
 def test_application_without_a_memory_gets_an_example(bare: Application) -> None:
     Path("empty_module_here.py").write_text("number = 3\n")
     output = flat(invoke("status", "--app", "empty_module_here:number", "--url", bare.url, exit_code=2))

@@ -238,6 +238,7 @@ def test_checklist_needs_no_url(bare: Application) -> None:
     output = invoke("init", "--app", f"{bare.name}:memory", "--dry-run")
     assert "a Memory that tracks note, pair" in output
     assert "Not checked. Give --url to check the database." in output
+    assert "To do: 1 of 3 items. The database was not checked." in output
 
 
 # -- the relay -------------------------------------------------------------------------------------------------------

@@ -168,6 +168,18 @@ def test_argument_that_is_no_engine_is_refused(wrong: Any) -> None:
             call(wrong)
 
 
+def test_object_with_an_engine_is_not_taken_for_one(world: World) -> None:
+    """Flask-SQLAlchemy's db has an engine, which it cannot give outside of an application context."""
+
+    class Extension:
+        @property
+        def engine(self) -> Engine:
+            raise RuntimeError("Working outside of application context.")
+
+    with pytest.raises(MemstateError, match=r"is not an Engine\. Give its attribute engine"):
+        world.memory.status(Extension())  # type: ignore[arg-type]
+
+
 def test_calls_on_an_untracked_class_are_refused(world: World) -> None:
     """Search, history and backfill name the call that is missing."""
     with world.session() as session:
@@ -183,6 +195,8 @@ def test_calls_on_an_untracked_class_are_refused(world: World) -> None:
         for wrong in (int, 5, "tag"):
             with pytest.raises(MemstateError, match="is not tracked by this Memory"):
                 world.memory.history(session, wrong)
+        with pytest.raises(MemstateError, match=r"'tag' is not tracked by this Memory\. Give the mapped class"):
+            world.memory.history(session, "tag", 1)
 
 
 def test_key_of_the_wrong_shape_is_refused(world: World) -> None:

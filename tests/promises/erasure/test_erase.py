@@ -787,7 +787,7 @@ def test_purge_reports_files_out_of_reach(sqlite_engine: Engine, tmp_path: Path)
     accounts = Accounts(sqlite_engine, Remote())
     accounts.tell("secret")
     accounts.erase()
-    with pytest.raises(MemstateError, match="stop the server"):
+    with pytest.raises(MemstateError, match="stop the server The tables, and all other indexes, are purged"):
         accounts.memory.purge(sqlite_engine)
     assert occurrences("secret", *database_files(sqlite_engine)) == []
     accounts.memory.close()
