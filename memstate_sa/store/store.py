@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
     """Facts with a type and a JSON payload, in any SQLite or PostgreSQL database. `AsyncMemoryStore` is for asyncio.
 
-    *index*: a `VectorIndex`, which is then named "memory", or several by name. Without an index there is no search.
+    *index*: a `VectorIndex`, which is then named "memory", or a dict of several by name. Without one there is no
+    search.
     *options*: see `StoreOptions`.
 
     A store creates its tables, and its relay in a background thread keeps the index up to date. A store is thread-safe.
