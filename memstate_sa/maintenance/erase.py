@@ -66,7 +66,7 @@ class Eraser:
             take_write_lock(connection)
             fact = stored_key(connection, tracked, key)
             for attempts_left in reversed(range(_ATTEMPTS)):
-                before = transaction.mark
+                before = transaction.log_state
                 try:
                     with connection.begin_nested():
                         redacted = self._erase(connection, transaction, tracked, fact, reason)

@@ -49,7 +49,7 @@ class Succession:
     def index_for(self, tracked: Tracked, index: str | None) -> str:
         """The index for a search of *tracked*, before `current` replaces it by its successor."""
         if not tracked.indexes:
-            raise MemstateError("Cannot search: this Memory has no index. Use Memory(index, embedder=…).")
+            raise MemstateError("Cannot search: there is no index. Give one as index= to Memory or MemoryStore.")
         if index is None:
             successor_names = {*self._successors.values()}
             return next((name for name in tracked.indexes if name not in successor_names), tracked.indexes[0])

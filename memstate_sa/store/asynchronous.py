@@ -12,7 +12,7 @@ from functools import partial, wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import URL, Engine
 
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes.base import VectorIndex
@@ -57,6 +57,8 @@ def directly(method: Callable[Concatenate[MemoryStore, P], R]) -> Callable[Conca
 class AsyncMemoryStore:
     """A `MemoryStore` for asyncio. It has the same options and the same methods, but callers await them.
 
+    Only `register_schema` is not awaited, because it does not block.
+
     The first call connects and creates the tables, as ``async with`` does. All work runs in threads, so the event loop
     goes on. ``.sync_store`` is the `MemoryStore` itself, for LangGraph's checkpointer and store, for example.
 
@@ -73,7 +75,7 @@ class AsyncMemoryStore:
 
     def __init__(
         self,
-        url_or_engine: str | Engine | AsyncEngine,
+        url_or_engine: str | URL | Engine | AsyncEngine,
         index: VectorIndex | Mapping[str, VectorIndex] | None = None,
         **options: Unpack[StoreOptions],
     ) -> None:
@@ -249,8 +251,8 @@ def _block_of(store: AsyncMemoryStore) -> _TransactionBlock | None:
         if block.store is store and not block.is_over:
             if block.task is not asyncio.current_task():
                 raise MemstateError(
-                    "Cannot use this transaction. It belongs to the task that created this task. Await the call in the "
-                    "block itself: asyncio.gather and wait_for create tasks."
+                    "Cannot use a transaction of another task. Only the task that began the block can use it. "
+                    "Await the call in the block itself: asyncio.gather and wait_for create tasks."
                 )
             return block
     return None

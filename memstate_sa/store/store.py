@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack, cast
 
 from pydantic import BaseModel
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import sessionmaker
 
 from memstate_sa.db import sqlite
-from memstate_sa.db.engines import engine_of
+from memstate_sa.db.engines import engine_of, shown_url
 from memstate_sa.fact import Fact
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.memory import Memory
@@ -53,11 +53,11 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
 
     def __init__(
         self,
-        url_or_engine: str | Engine | AsyncEngine,
+        url_or_engine: str | URL | Engine | AsyncEngine,
         index: VectorIndex | Mapping[str, VectorIndex] | None = None,
         **options: Unpack[StoreOptions],
     ) -> None:
-        require_options("MemoryStore", options, StoreOptions)
+        require_options(MemoryStore, options, StoreOptions)
         names = MemoryOptions.__annotations__
         memory_options = {name: value for name, value in options.items() if name in names}
         self.memory = Memory(index, **cast("MemoryOptions", memory_options))
@@ -74,7 +74,7 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
         self._thread = ThreadState()
         self._closed = self._is_connected = False
         self.engine = (
-            engine_of(url_or_engine) if isinstance(url_or_engine, str) else self.memory.sync_engine(url_or_engine)
+            engine_of(url_or_engine) if isinstance(url_or_engine, str | URL) else self.memory.sync_engine(url_or_engine)
         )
         self._owns_engine = self.engine is not url_or_engine
         self._is_shared = sqlite.is_in_memory(self.engine)
@@ -131,7 +131,7 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
 
     def __repr__(self) -> str:
         indexes = ", ".join(self.memory.indexes) or "none"
-        return f"<MemoryStore [{self._shown_url()} | index: {indexes} | {self._state()}]>"
+        return f"<MemoryStore [{shown_url(self.engine.url)} | index: {indexes} | {self._state()}]>"
 
     def _state(self) -> str:
         if self._closed:

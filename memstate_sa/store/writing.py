@@ -39,7 +39,9 @@ class WritingMethods(StoreParts):
     def commit(
         self, fact: Fact, *, ephemeral: bool = False, ttl: timedelta | None = None, **labels: Unpack[Labels]
     ) -> str:
-        """Remember *fact* and return its id. An *ephemeral* fact lives until its session is promoted or discarded.
+        """Remember *fact* and return its id.
+
+        An *ephemeral* fact lives until its session is promoted or discarded, so it needs a *session_id*.
 
         The fact expires after *ttl*, or at its ``expires_at``, an aware datetime. A running relay deletes expired facts
         within a minute.
@@ -67,6 +69,11 @@ class WritingMethods(StoreParts):
             "ephemeral": ephemeral or bool(fact.ephemeral),
             "expires_at": fact.expires_at if ttl is None else expiry_after(ttl),
         }
+        if values["ephemeral"] and values["session_id"] is None:
+            raise MemstateError(
+                "Cannot commit an ephemeral fact without session_id=. No session could promote or discard it. Give a "
+                "session_id, or leave ephemeral out."
+            )
         if fact.id is not None:
             values["id"] = fact.id
         if values["expires_at"] is not None:

@@ -25,6 +25,7 @@ class UndoMethods(MemoryParts):
     def rollback(
         self,
         session: SyncSession,
+        /,
         steps: int = 1,
         *,
         session_id: str | None = None,
@@ -49,7 +50,7 @@ class UndoMethods(MemoryParts):
         ``on_conflict="skip"`` leaves such facts as they are, and "force" overwrites later changes of the same facts.
         A constraint that only the database knows always raises, for example a partial index.
         """
-        require_options("rollback", options, RollbackOptions)
+        require_options(UndoMethods.rollback, options, RollbackOptions)
         sync = blocking_session(session, "rollback")
         scope = self._scope(sync, session_id, options)
         tx, to = options.get("tx"), options.get("to")
@@ -66,7 +67,7 @@ class UndoMethods(MemoryParts):
     arollback = AsyncMethod(rollback)
     """`rollback` for an AsyncSession."""
 
-    def revoke(self, session: SyncSession, **options: Unpack[RevokeOptions]) -> Revocation:
+    def revoke(self, session: SyncSession, /, **options: Unpack[RevokeOptions]) -> Revocation:
         """Undo all changes of an actor, of a session_id, or of given transactions, in the caller's transaction.
 
         By default, facts that others have changed since stay as they are. The result lists the new entries, the kept
@@ -75,7 +76,7 @@ class UndoMethods(MemoryParts):
 
         *options*: see `RevokeOptions`.
         """
-        require_options("revoke", options, RevokeOptions)
+        require_options(UndoMethods.revoke, options, RevokeOptions)
         sync = blocking_session(session, "revoke")
         scope = self._scope(sync, options.get("session_id"), options)
         tx = options.get("tx", ())

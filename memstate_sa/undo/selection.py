@@ -243,8 +243,10 @@ def changes_to_undo(
     images.update({row.id: row for row in connection.execute(_images, {"keys": earlier})})
     untracked = {row.entity for row in rows} - set(registry.by_entity)
     if untracked:
+        items = " For memstate_item, make a MemStateStore(store)." if "memstate_item" in untracked else ""
         raise HistoryMissing(
-            f"Cannot undo changes of {', '.join(sorted(untracked))}: no longer tracked. Track the class again."
+            f"Cannot undo changes of {', '.join(sorted(untracked))}: this Memory does not track it. Track the class."
+            f"{items}"
         )
     undone_changes = undone(connection, targets)
     changes = []

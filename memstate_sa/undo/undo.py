@@ -294,7 +294,7 @@ class Undoing:
         """Carry out all of *plan* or nothing, and return the new changes. With ``dry_run``, roll them back."""
         reverted: list[Change] = []
         if plan.selected:
-            attempt, before = self.connection.begin_nested(), self.transaction.mark
+            attempt, before = self.connection.begin_nested(), self.transaction.log_state
             try:
                 reverted = self._carry_out(plan, reason)
             finally:

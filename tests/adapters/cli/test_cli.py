@@ -83,7 +83,7 @@ def test_an_application_that_is_not_found_is_explained(bare: Application, app_op
     [
         ("not a url: secret", "This is not a database URL"),
         ("postgresql://ana:secret@host:port/x", "This is not a database URL"),
-        ("postgres://ana:secret@host/x", "Write postgresql+psycopg://"),
+        ("pgsql://ana:secret@host/x", "does not support pgsql. It works with PostgreSQL and SQLite. Write for example"),
         ("mysql://ana:secret@host/x", "memstate_sa does not support mysql. It works with PostgreSQL and SQLite"),
         ("mysql+nosuchdriver://host/x", "does not support mysql"),
         ("nosuchdatabase://host/x", "does not support nosuchdatabase"),
