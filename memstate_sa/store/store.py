@@ -105,9 +105,9 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
     ) -> None:
         """Declare that facts of *type* must satisfy the Pydantic *model*.
 
-        *unique_by* names one or more fields of the model. A commit with values that another fact has updates that fact,
-        see `commit`. The fields are read as the model reads them, by their aliases too. An *immutable* fact can be
-        added and deleted, but not changed.
+        *unique_by* names one or more fields of the model. If another fact has the same values, `commit` updates that
+        fact. The fields are read as the model reads them, by their aliases too. An *immutable* fact can be added and
+        deleted, but not changed.
         """
         self._types.register(type, model, unique_by, immutable=immutable)
 
