@@ -94,7 +94,7 @@ def blocking_engine(url: URL) -> Engine:
     if url.drivername == "postgresql+asyncpg":
         if "ssl" in query:
             query["sslmode"] = query.pop("ssl")
-        if query.get("prepared_statement_cache_size") == "0":  # a setting for PgBouncer
+        if query.get("prepared_statement_cache_size") == "0":  # applications set this for PgBouncer
             arguments["prepare_threshold"] = None
         query = {name: value for name, value in query.items() if name not in _OF_ASYNCPG}
     driver = url.get_backend_name() if database is None else database.blocking_driver
@@ -105,7 +105,7 @@ def engine_of(url: str) -> Engine:
     """An engine on a user's *url*: ``postgresql://…`` means psycopg. Raises MemstateError for an invalid *url*."""
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # its text may quote a part of the password
+    except (ArgumentError, ValueError):  # no chain: the error may quote a part of the password
         raise MemstateError("This is not a database URL. Write postgresql://… or sqlite:///…") from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")

@@ -50,7 +50,7 @@ def watch(watcher: Watcher) -> None:
 
     *watcher* is called for every configured engine, because several engines may use the same file.
     """
-    global _watchers  # noqa: PLW0603  # replaced as a whole, because readers take no lock
+    global _watchers  # noqa: PLW0603  # the tuple is replaced as a whole, because readers take no lock
     with _watching:
         _watchers = (*(reference for reference in _watchers if reference() is not None), weakref.ref(watcher))
 

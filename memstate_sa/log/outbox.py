@@ -182,7 +182,7 @@ def present_column(database: Database) -> ColumnElement[Any]:
 
 def to_position(value: Any) -> Position:
     """The position of an index that is fully caught up, from the value of `present_column`."""
-    if isinstance(value, int):  # SQLite: the newest id so far
+    if isinstance(value, int):  # SQLite gives the newest id so far
         return Position(Snapshot(0), 0, value)
     return Position(Snapshot.parse(value))
 
