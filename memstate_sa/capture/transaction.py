@@ -57,6 +57,7 @@ class OpenTransaction:
     actor: str | None = None
     reason: str | None = None
     session_id: str | None = None
+    thread_id: str | None = None  # the thread of a graph; `session_id` must stay equal to it
     step: bool = True  # whether undo counts this transaction
     status: Status = Status.OPEN
     flush: Flush | None = None

@@ -213,10 +213,12 @@ def log_at(connection: Connection, at: Moment) -> LogAtMoment:
     """
     if isinstance(at, datetime):
         if at.utcoffset() is None:
-            raise MemstateError(f"at={at!r} has no time zone. Give an aware datetime, for example datetime.now(UTC).")
+            raise MemstateError(
+                f"The time {at!r} has no time zone. Give an aware datetime, for example datetime.now(UTC)."
+            )
         return LogAtMoment(log.c.at <= at)
     if not isinstance(at, str):
-        raise MemstateError(f"at={at!r} is not a moment. Give an aware datetime or a transaction (Change.tx).")
+        raise MemstateError(f"{at!r} is not a moment. Give an aware datetime or a transaction (Change.tx).")
     tx, _, shown = at.partition(SNAPSHOT_MARK)
     last = connection.execute(select(func.max(log.c.id)).where(log.c.tx == tx)).scalar_one()
     if last is None:
