@@ -84,7 +84,7 @@ class BulkCapture:
         return statement.execute()
 
     def _target(self, state: ORMExecuteState, dml: Any) -> tuple[Tracked, Mapper[Any]] | None:
-        """The tracked class whose rows *dml* changes, and its mapper. None when no class is captured this way."""
+        """The tracked class whose rows *dml* changes, and its mapper. None when only the guard checks *dml*."""
         entity = dml.table._annotations.get("parententity")
         if entity is not None:  # the statement names a class; an ORM subquery does not count
             mapper = entity.mapper
@@ -210,7 +210,7 @@ class BulkStatement:
         return result, keys
 
     def captured(self, result: Any, names: Sequence[str], key_names: Sequence[str]) -> tuple[Result[Any], list[RawKey]]:
-        """*result* for the caller, without its last columns, and the keys in them. *names* are those of the columns."""
+        """*result* without its last columns, which are named *names*, and the keys that were in these columns."""
         if getattr(result, "returns_rows", True):
             has_keys = list(result.keys())[-len(names) :] == list(names)
             result = CapturedResult(result, key_names if has_keys else ())

@@ -63,7 +63,8 @@ def _interval(_: Any, value: str) -> str:
 _POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {
     sqltypes.Boolean: lambda _, value: f"{value}::text",
     sqltypes.Integer: lambda _, value: f"{value}::text",
-    sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),  # Numeric is a base class
+    # Float comes before Numeric, its base class in SQLAlchemy 2.0.
+    sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),
     sqltypes.Numeric: lambda _, value: _tagged("$decimal", f"{value}::text"),
     sqltypes.String: lambda _, value: f"to_json({value})::text",
     sqltypes.Uuid: _uuid,

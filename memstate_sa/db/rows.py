@@ -96,7 +96,7 @@ def columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column
 
 
 def values_of(image: Mapping[str, Any] | None, columns: Iterable[Column[Any]]) -> tuple[Any, ...] | None:
-    """The values of *image* in *columns*. None if one is NULL, because NULL refers to no row."""
+    """The values of *image* in *columns*. None if one is NULL, because NULL equals nothing."""
     values = (None,) if image is None else tuple(hashable(decode(image.get(column.name))) for column in columns)
     return None if None in values else values
 
@@ -126,7 +126,7 @@ class TableColumns:
         self.table = table
         self.dialect = dialect
         self.database = database_of(dialect)
-        self.by_name = {column.name: column for column in logged_columns(table, excluded)}  # table.c has the keys
+        self.by_name = {column.name: column for column in logged_columns(table, excluded)}  # table.c is by column.key
         self.names = tuple(self.by_name)
         self.key_names = tuple(column.name for column in table.primary_key.columns)
         self._key_positions = [self.names.index(name) for name in self.key_names]

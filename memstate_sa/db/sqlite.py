@@ -211,7 +211,7 @@ def is_busy(error: DBAPIError) -> bool:
 
 
 def may_write(connection: Connection) -> bool:
-    """Whether the transaction certainly has the write lock. On an engine without `configure`, we cannot know."""
+    """Whether the transaction certainly has the write lock. Without `configure`, it may have only read."""
     return bool(getattr(connection.engine, _CONFIGURED, False)) and in_transaction(connection)
 
 

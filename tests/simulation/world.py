@@ -180,7 +180,7 @@ class Config:
         return config.about(rng.choice(list(THEMES))) if rng.random() < 0.6 else config
 
     def about(self, theme: str) -> Config:
-        """A history in which certain things happen often, to few keys, and little else."""
+        """A history of a theme: certain things happen often, to few keys, and little else happens."""
         return replace(self, **(AHEAD if theme == "ahead" else THEMES[theme]))
 
 
@@ -231,7 +231,7 @@ class Worker:
     leaving: bool = False
     began: float = 0.0
     idle_until: float = 0.0
-    settling: int = 0  # a number of requests
+    settling: int = 0  # for so many more requests
     read: dict[FactKey, int] = field(default_factory=dict)  # the time of each reading, in steps of the database
     overtaken: set[FactKey] = field(default_factory=set)  # keys written after another had claimed the slot
 
@@ -267,7 +267,7 @@ class World:
         self.landings: list[Landing] = []
         self.facts = [(entity, key) for entity in config.entities for key in KEYS[: config.keys]]
         self.hot: deque[FactKey] = deque(maxlen=4)  # keys that had errors: changes are likely to matter
-        self.before: dict[FactKey, Row | None] = {}  # the last change
+        self.before: dict[FactKey, Row | None] = {}  # each row before its last change
         self.committed: dict[FactKey, set[str | None]] = {fact: set() for fact in self.facts}
         self._started = 0
         self._begin()
@@ -288,7 +288,7 @@ class World:
     # -- the whole run -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run the history. Raises Violation."""
+        """Run the history. Raises Violation when the protocol breaks a promise."""
         rng = self.rng
         for tick in range(self.config.ticks):
             chance = rng.random()
@@ -808,7 +808,7 @@ class World:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def converge(self) -> None:
-        """Stop all faults: everything comes to rest, and agrees."""
+        """Stop all faults. Raises Violation unless everything comes to rest, and the indexes hold the truth."""
         self.log("no more faults")
         self.rates = {}
         for state in self.database.states.values():
