@@ -134,7 +134,8 @@ def plain(value: Any, argument: str, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(inner, argument, depth + 1) for inner in value]
     raise InvalidItem(
-        f"Invalid {argument}: it has a {type(value).__name__}. Use only dict, list, str, int, float, bool and None."
+        f"Invalid {argument}: a value of type {type(value).__name__} is not JSON. Use only dict, list, str, int, "
+        "float, bool and None."
     )
 
 
