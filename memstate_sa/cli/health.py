@@ -16,7 +16,7 @@ from memstate_sa.cli.options import App, JsonDocument, Url
 if TYPE_CHECKING:
     from memstate_sa import Diagnosis, Memory
 
-_EXAMPLES = 20  # the most facts of each kind that are named
+_EXAMPLES = 20  # the most facts of each kind that are shown
 _DRIFT = ("missing", "ghost", "stale", "pending")
 
 

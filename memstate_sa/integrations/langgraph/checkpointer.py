@@ -188,7 +188,7 @@ class MemStateCheckpointer(CheckpointSaver):
 
         def begin() -> NodeTransaction:
             transaction = self._steps.begin(task, self._is_saved, execution)
-            if cancelled.is_set():  # the node was cancelled before there was a transaction
+            if cancelled.is_set():  # the node was cancelled before its transaction began
                 self._steps.give_up(task)
             return transaction
 
@@ -208,7 +208,7 @@ class MemStateCheckpointer(CheckpointSaver):
         node = asyncio.current_task()
         assert node is not None
         node.add_done_callback(when_done)
-        # Separate kinds of threads: all "begin" threads may be waiting for saves, and the saves for a "step" thread.
+        # Use separate threads, because all "begin" threads may be waiting for saves, and the saves for a "step" thread.
         transaction = self._steps.find(task)
         if transaction is None or not transaction.permit.done():
             async with execution.awaiting():
@@ -240,7 +240,7 @@ class MemStateCheckpointer(CheckpointSaver):
         with self._autocommit.connect() as connection:
             return checkpoint_queries.is_stored(connection, key)
 
-    # -- the past --------------------------------------------------------------------------------------------------
+    # -- earlier facts ---------------------------------------------------------------------------------------------
 
     def position(self, checkpoint: Any) -> Moment:
         """The moment of the log at which a checkpoint was saved. `Memory` accepts it as ``to=``, ``as_of=`` …

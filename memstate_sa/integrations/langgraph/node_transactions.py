@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 
 
 class Task(NamedTuple):
-    """One attempt at a task that runs at a checkpoint: the *number*-th attempt of a *run*, which is an object.
+    """One attempt of LangGraph to run a task at a checkpoint.
 
-    *path* names the task and all tasks around it, like LangGraph's ``checkpoint_ns``.
+    *run* is an object that all attempts share, and *number* counts them. *path* names the task and all tasks around it,
+    like LangGraph's ``checkpoint_ns``.
     """
 
     checkpoint: CheckpointKey
@@ -107,10 +108,10 @@ class NodeTransaction:
         self.task, self.session = task, session
         self.settling_task = task  # the task whose save commits this transaction
         self.semaphore, self.permit = semaphore, semaphore.request()
-        self.lock = threading.RLock()  # tools of one node run in threads, and one at a time uses the Session
+        self.lock = threading.RLock()  # the node's threads take turns with the Session
         self.block_count = 0
         self.is_abandoned = False
-        self.left_graph: str | None = None  # the graph that the task left; it must end before this commits
+        self.left_graph: str | None = None  # the graph that the task left, and that must end before the commit
         self.finalizer: Any = None
         self._changed = changed
         self._postponed_saves: list[Callable[[], None]] | None = []
@@ -158,7 +159,7 @@ class NodeTransaction:
             with self._locked_block() as session:
                 yield session
         finally:
-            if self.is_abandoned:  # perhaps since the check in `_locked_block`, while it still had the lock
+            if self.is_abandoned:  # another thread may do this after the check in `_locked_block`
                 self.abandon()
 
     @contextmanager
@@ -168,7 +169,7 @@ class NodeTransaction:
             try:
                 if self.block_count == 1:
                     yield self.session
-                else:  # a savepoint, so that earlier changes stay if this block fails
+                else:  # the savepoint keeps earlier changes if this block fails
                     with self.session.begin_nested():
                         yield self.session
                 self.session.flush()  # raise errors of the changes here, in the task
@@ -183,10 +184,11 @@ class NodeTransaction:
                 self.close()
                 raise MemstateError(
                     "The changes of this step are rolled back: this task has ended, or it was given up and runs again."
+                    " End this thread."
                 )
 
     def abandon(self) -> None:
-        """Roll back now, or when the thread inside a block leaves it."""
+        """Roll back now. If a thread is inside a block, it rolls back when it leaves the block."""
         self.is_abandoned = True
         if self.lock.acquire(blocking=False):
             try:
