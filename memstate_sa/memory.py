@@ -57,7 +57,7 @@ Text: TypeAlias = str | QueryableAttribute[Any] | Callable[[M], str | None] | No
 
 
 class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
-    """Facts in SQL and their meaning in vector indexes. The application's own transactions keep both in step.
+    """Facts in SQL, and their meaning in vector indexes that follow the application's own transactions.
 
     *index*: a `VectorIndex`, which is then named "memory", or several by name. Without an index there is no search, and
     history and undo work as always.
@@ -107,7 +107,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         """The embedder of the first index. Raises MemstateError when this Memory has no index."""
         for destination in self._destinations.values():
             return destination.vectors.embedder
-        raise MemstateError("Cannot embed: this Memory has no index. Use Memory(index, embedder=…).")
+        raise MemstateError("Cannot embed: there is no index. Give one as index= to Memory or MemoryStore.")
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         return tracked if model is None else tracked(model)
 
     def attach(self, target: SessionSource) -> None:
-        """Capture the writes of the Sessions that *target* makes. Idempotent.
+        """Capture the writes of the Sessions that *target* makes. A second call changes nothing.
 
         *target*: a sessionmaker, a scoped_session, a Session class with its subclasses, a Session, or their async
         counterparts. An async_sessionmaker gets a sync Session class of its own. Raises TypeError for anything else.
@@ -206,8 +206,8 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     def close(self, timeout: float = STOP_TIMEOUT_S) -> None:
         """Stop this Memory's relays and close its indexes.
 
-        It waits *timeout* seconds at most for a running call of an index or embedder. The index of a longer call is
-        closed when the call has ended: see `Relay.stop`.
+        This call waits at most *timeout* seconds for a running call of an index or embedder. The index of a longer call
+        is closed when the call has ended: see `Relay.stop`.
 
         Afterwards, tracked classes, attached Sessions and engines no longer keep this Memory alive. While the
         application keeps it alive, attached Sessions are still captured. Their next use opens this Memory again, and a

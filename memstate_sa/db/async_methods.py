@@ -34,7 +34,7 @@ class AsyncMethod(Generic[P, R]):
         method = self._method
 
         @wraps(method)
-        async def awaited(session: AwaitedSession, *args: P.args, **kwargs: P.kwargs) -> R:
+        async def awaited(session: AwaitedSession, /, *args: P.args, **kwargs: P.kwargs) -> R:
             run: Callable[..., R] = partial(method, instance)
             result: R = await awaited_session(session, method.__name__).run_sync(run, *args, **kwargs)
             return result

@@ -47,7 +47,7 @@ def use_session(memory: object, engine: Engine, session: Session, *, refusal: st
     try:
         yield
     finally:
-        blocks.remove(block)  # it may not be the last, and another thread may run this
+        blocks.remove(block)  # it may not be the last one, and another thread may run this line
 
 
 def current_session(memory: object, engine: Engine) -> Session | None:

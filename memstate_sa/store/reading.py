@@ -12,7 +12,7 @@ from memstate_sa.db.json_filter import member_equals
 from memstate_sa.fact import Fact
 from memstate_sa.log.changes import Changes
 from memstate_sa.log.history import Moment
-from memstate_sa.options import SearchOptions
+from memstate_sa.options import SearchOptions, require_options
 from memstate_sa.search.hits import Hits
 from memstate_sa.store.parts import StoreParts
 from memstate_sa.tracking.fact_types import check_id, check_texts
@@ -63,6 +63,7 @@ class ReadingMethods(StoreParts):
             for hit in store.search("what does Ada drink?", filters={"user": "ada"}):
                 print(hit.fact.payload, hit.score)
         """
+        require_options("search", options, SearchOptions, "query", "limit", "filters", "type", "session_id")
         with self._reading() as session:
             target = self._selecting(type, filters, session_id)
             return self.memory.search(session, query, target, limit=limit, **options)
@@ -105,7 +106,7 @@ class ReadingMethods(StoreParts):
     def as_of(self, id: str, at: Moment) -> Fact | None:
         """A copy of fact *id* as it was at a time, or after a transaction (``Change.tx``).
 
-        None: there was no such fact. Raises HistoryMissing for an erased fact.
+        Returns None if there was no such fact then. Raises HistoryMissing for an erased fact.
 
         ::
 
@@ -126,6 +127,6 @@ class ReadingMethods(StoreParts):
             return self.memory.diff(session, a, b, Fact)
 
     def token(self, id: str) -> str | None:
-        """The transaction that changed fact *id* last, for `wait` in any process. None: there never was such a fact."""
+        """The transaction that changed fact *id* last, for `wait` in any process. None if no such fact ever existed."""
         changes = self.history(id, limit=1)
         return changes[0].tx if changes else None

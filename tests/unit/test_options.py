@@ -21,6 +21,9 @@ MISSPELT: dict[str, tuple[Callable[..., Any], str]] = {
     "relay": (lambda memory, session: memory.relay(session.bind, pagesize=3), "page_size"),
     "rollback": (lambda memory, session: memory.rollback(session, dryrun=True), "dry_run"),
     "revoke": (lambda memory, session: memory.revoke(session, acter="ann"), "actor"),
+    "search session": (lambda memory, session: memory.search(session, "tea", Person, limt=3, session="t"), "limit"),
+    "rollback session": (lambda memory, session: memory.rollback(session, session="t"), "session_id"),
+    "revoke session": (lambda memory, session: memory.revoke(session, session="t"), "session_id"),
     "backfill": (lambda memory, session: memory.backfill(session.bind, batchsize=3), "batch_size"),
 }
 
@@ -29,7 +32,9 @@ MISSPELT: dict[str, tuple[Callable[..., Any], str]] = {
 def test_a_misspelt_option_names_the_close_match(function: str) -> None:
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     call, meant = MISSPELT[function]
-    with pytest.raises(TypeError, match=rf"{function}\(\) has no option '\w+'\. Did you mean '{meant}'\?"):
+    with pytest.raises(
+        TypeError, match=rf"{function.partition(' ')[0]}\(\) has no option '\w+'\. Did you mean '{meant}'\?"
+    ):
         call(memory, Session(create_engine("sqlite://")))
 
 
