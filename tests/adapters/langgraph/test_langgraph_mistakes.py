@@ -159,6 +159,19 @@ def test_step_keeps_its_thread_as_session_id(facts: MemoryStore, saver: MemState
     assert notes(facts) == []
 
 
+def test_labels_of_a_step_stay_after_a_rollback_of_its_session(facts: MemoryStore, saver: MemStateCheckpointer) -> None:
+    def work() -> None:
+        with saver.step() as session:
+            facts.commit(note("rolled back"))
+            session.rollback()
+            facts.commit(note("kept"))
+
+    run(saver, work)
+    assert [(change.session_id, change.reason) for change in facts.history()] == [("t", "node node")]
+    saver.delete_thread("t", facts=True)
+    assert notes(facts) == []
+
+
 def test_one_run_of_a_thread_is_taken_back_by_its_actor(facts: MemoryStore, saver: MemStateCheckpointer) -> None:
     """A step has one actor. `annotate` gives it to all changes of the step."""
 
