@@ -32,6 +32,7 @@ from memstate_sa.maintenance.verify import DriftReport as DriftReport
 from memstate_sa.memory import Memory as Memory
 from memstate_sa.options import (
     BackfillOptions as BackfillOptions,
+    HistoryOptions as HistoryOptions,
     Labels as Labels,
     MemoryOptions as MemoryOptions,
     RelayOptions as RelayOptions,

@@ -69,7 +69,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     def __init__(
         self, index: VectorIndex | Mapping[str, VectorIndex] | None = None, **options: Unpack[MemoryOptions]
     ) -> None:
-        require_options("Memory", options, MemoryOptions)
+        require_options(Memory, options, MemoryOptions)
         delivery, embedding_cache = options.get("delivery", "relay"), options.get("embedding_cache", 100_000)
         if delivery not in ("relay", "strict"):
             raise MemstateError(f"Cannot use delivery={delivery!r}. Choose 'relay' or 'strict'.")
@@ -130,7 +130,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         Raises MemstateError for a class that is not mapped, for an unknown column attribute, and for an entity that is
         tracked already.
         """
-        require_options("track", options, TrackOptions)
+        require_options(Memory.track, options, TrackOptions)
         index = options.get("index")
         names = [*self.indexes] if index is None else [index] if isinstance(index, str) else [*index]
         self._open()

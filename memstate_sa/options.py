@@ -156,6 +156,19 @@ class SearchOptions(TypedDict, total=False):
     """
 
 
+class HistoryOptions(TypedDict, total=False):
+    """The options of `Memory.history`."""
+
+    actor: str | None
+    """Only changes of this actor."""
+
+    session_id: str | None
+    """Only changes with this session_id."""
+
+    limit: int | None
+    """Only the newest changes, at most this number. Default: no bound."""
+
+
 class RelayOptions(TypedDict, total=False):
     """The options of `Memory.relay`. All times are in seconds."""
 
@@ -240,16 +253,22 @@ class BackfillOptions(TypedDict, total=False):
     """A function of the number of rows that all callers have checked, and of the total. True shows a progress bar."""
 
 
-def require_options(function: str, options: Mapping[str, object], declared: type, *parameters: str) -> None:
+def require_options(function: Callable[..., object], options: Mapping[str, object], declared: type) -> None:
     """Raise TypeError for an option that is not *declared*, with the name that is closest to it.
 
-    *parameters*: the names of the function's own parameters, which may be the closest too.
+    The message also knows the optional parameters of *function* itself.
     """
-    names = [*declared.__annotations__, *parameters]
     for name in options:
-        if name not in names:
+        if name not in declared.__annotations__:
             from difflib import get_close_matches
 
+            names = [*_optional_parameters(function), *declared.__annotations__]
             close = get_close_matches(name, names, 1)
             hint = f"Did you mean {close[0]!r}?" if close else f"The options are {', '.join(names)}."
-            raise TypeError(f"{function}() has no option {name!r}. {hint}")
+            raise TypeError(f"{function.__name__}() has no option {name!r}. {hint}")
+
+
+def _optional_parameters(function: Callable[..., object]) -> list[str]:
+    from inspect import signature
+
+    return [name for name, parameter in signature(function).parameters.items() if parameter.default != parameter.empty]

@@ -75,8 +75,8 @@ def with_separate_pool(engine: Engine) -> Engine:
     Use it when a thread may hold a connection while it needs a second one. With one pool, such threads could wait for
     each other forever.
     """
-    if engine.dialect.server_version_info is None:
-        # The engine's first connection reads the server's version. A connection of another pool would not wait for it.
+    if getattr(engine.dialect, "default_isolation_level", None) is None:
+        # The engine's first connection reads the server's settings. A connection of another pool would not wait for it.
         engine.connect().close()
     with _making:
         separate: Engine | None = getattr(engine, _ATTRIBUTE, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -53,20 +53,24 @@ class Adapter:
         return summary(self, self._place, state)
 
     @contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
-        """Turn each error of the client into a DeliveryError. *action* is a verb, for the message."""
+    def _translated(self, action: str, *, sends_facts: bool = True) -> Iterator[None]:
+        """Turn each error of the client into a DeliveryError. *action* is a verb, for the message.
+
+        *sends_facts*: the vendor's words may quote a fact, so the message leaves them out.
+        """
         try:
             yield
         except MemstateError:
             raise
         except Exception as error:
-            raise self._delivery_error(error, f"{self._vendor} could not {action} {self._place}") from error
+            message = f"{self._vendor} could not {action} {self._place}"
+            raise self._delivery_error(error, message, None if sends_facts else ()) from error
 
-    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str, sent: Sequence[str] | None) -> DeliveryError:
         # Clients refuse values with ValueError and TypeError. Other errors, such as a closed client, have nothing to do
         # with the points, so trying again may help.
         is_refusal = isinstance(error, ValueError | TypeError)
-        return delivery_error(error, message, unknown=DeliveryRejected if is_refusal else DeliveryRetryable)
+        return delivery_error(error, message, unknown=DeliveryRejected if is_refusal else DeliveryRetryable, sent=sent)
 
 
 class IdListing:

@@ -31,6 +31,7 @@ from memstate_sa.indexes._filters import canonical, storable
 from memstate_sa.indexes._units import clipped_distance
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
 from memstate_sa.indexes.provider_errors import retryable_status
+from memstate_sa.indexes.provider_messages import words
 from memstate_sa.runtime import forks
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class ChromaIndex(Adapter):
     def open(self, *, embedder: str, dimension: int) -> None:
         with self._mutex:
             try:
-                with self._translated("open"):
+                with self._translated("open", sends_facts=False):
                     self._folder = self._folder or self._folders.lock(self._client)
                     self._check_folder()
                     self._collection = self._resolve(embedder, dimension)
@@ -293,14 +294,16 @@ class ChromaIndex(Adapter):
         with self._copying if self.in_process else nullcontext(), self._using(action) as collection:
             yield collection
 
-    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str, sent: Sequence[str] | None) -> DeliveryError:
         if isinstance(error, self._errors.NotFoundError):
             self._collection = None
             return DeliveryRetryable(f"Chroma collection {self._name!r} was deleted. The next call creates it again.")
         if isinstance(error, self._errors.ChromaError):
             is_retryable = retryable_status(error.code())
-            return (DeliveryRetryable if is_retryable else DeliveryRejected)(f"{message}: {type(error).__name__}")
-        return super()._delivery_error(error, message)
+            reason = "" if sent is None else words([error], sent)
+            text = f"{message}: {type(error).__name__}{reason and f': {reason}'}"
+            return (DeliveryRetryable if is_retryable else DeliveryRejected)(text)
+        return super()._delivery_error(error, message, sent)
 
     def _check_folder(self) -> None:
         if self._folder is not None:

@@ -80,7 +80,7 @@ class FaissIndex(Adapter):
         return self._max_batch
 
     def open(self, *, embedder: str, dimension: int) -> None:
-        with self._mutex, self._translated("open"):
+        with self._mutex, self._translated("open", sends_facts=False):
             first = self._points is None
             try:
                 if first:

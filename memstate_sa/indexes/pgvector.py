@@ -46,6 +46,7 @@ from memstate_sa.indexes.pgvector_statements import (
     vectors_text,
 )
 from memstate_sa.indexes.provider_errors import delivery_error
+from memstate_sa.indexes.provider_messages import words
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -58,6 +59,8 @@ _OLDEST_VERSION = (0, 8)
 # The SQLSTATE classes that blame the values: data exceptions, integrity, program limits. For other errors, a retry may
 # help.
 _VALUE_ERRORS = ("22", "23", "54")
+# insufficient_privilege, and the two states for an extension whose files are missing.
+_NEEDS_AN_ADMINISTRATOR = ("42501", "0A000", "58P01")
 _UNDEFINED_TABLE = "42P01"
 
 
@@ -113,14 +116,14 @@ class PgVectorIndex(Adapter):
 
     @property
     def incarnation(self) -> str:
-        with self._translated("identify"):
+        with self._translated("identify", sends_facts=False):
             state = self._state(self._statements(self._dimension))
         if state is None:
             raise DeliveryRetryable(f"Table {self._name!r} was dropped or emptied. open() creates it again.")
         return str(state["incarnation"])
 
     def open(self, *, embedder: str, dimension: int) -> None:
-        with self._translated("open"):
+        with self._translated("open", sends_facts=False):
             state = self._resolve(embedder, dimension)
         if (state["embedder"], state["dimension"]) != (embedder, dimension):
             raise IndexMismatch(
@@ -273,12 +276,15 @@ class PgVectorIndex(Adapter):
         with self._translated(action), self._reader() as connection:
             yield connection, statements
 
-    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str, sent: Sequence[str] | None) -> DeliveryError:
         state = _sqlstate(error)
         if state == _UNDEFINED_TABLE:
             return DeliveryRetryable(f"Table {self._name!r} was dropped. open() creates it again.")
         is_refusal = state[:2] in _VALUE_ERRORS if state else isinstance(error, DataError | ValueError | TypeError)
-        return delivery_error(error, message, unknown=DeliveryRejected if is_refusal else DeliveryRetryable)
+        unknown = DeliveryRejected if is_refusal else DeliveryRetryable
+        # SQLAlchemy's message has the statement too. The server quotes a value only if it refuses that value.
+        cause = getattr(error, "orig", None) or error
+        return delivery_error(cause, message, unknown=unknown, sent=sent if is_refusal else ())
 
     def _statements(self, dimension: int) -> Statements:
         with self._mutex:
@@ -314,11 +320,16 @@ class PgVectorIndex(Adapter):
         return state
 
     def _make(self, connection: Connection, statements: Statements) -> None:
-        _extend(connection)
-        connection.execute(CreateTable(statements.points, if_not_exists=True))
-        for index in statements.indexes:
-            connection.execute(CreateIndex(index, if_not_exists=True))
-        self._build_graph(connection, statements)
+        with _permitted(
+            "the extension vector",
+            "Install pgvector on the server, and run CREATE EXTENSION vector in this database as a superuser.",
+        ):
+            _extend(connection)
+        with _permitted(self._place, "Grant CREATE on the schema to this role."):
+            connection.execute(CreateTable(statements.points, if_not_exists=True))
+            for index in statements.indexes:
+                connection.execute(CreateIndex(index, if_not_exists=True))
+            self._build_graph(connection, statements)
 
     def _build_graph(self, connection: Connection, statements: Statements) -> None:
         if statements.graph is not None and not self._exact:
@@ -332,6 +343,18 @@ class PgVectorIndex(Adapter):
         if self._schema is not None:
             quoted = f"{connection.dialect.identifier_preparer.quote_schema(self._schema)}.{quoted}"
         return connection.scalar(select(func.to_regclass(quoted))) is None
+
+
+@contextmanager
+def _permitted(place: str, remedy: str) -> Iterator[None]:
+    """Raise a DeliveryError that is not retryable, with the *remedy*, if the server cannot or must not create this."""
+    try:
+        yield
+    except DBAPIError as error:
+        if _sqlstate(error) not in _NEEDS_AN_ADMINISTRATOR:
+            raise
+        reason = words([error.orig or error], ())
+        raise DeliveryError(f"pgvector could not create {place}: {reason}. {remedy}") from error
 
 
 def _extend(connection: Connection) -> None:

@@ -105,7 +105,7 @@ class QdrantIndex(Adapter):
         return max(1, min(1000, _LARGEST_REQUEST // self._open_state.dimension))
 
     def open(self, *, embedder: str, dimension: int) -> None:
-        with self._translated("open"):
+        with self._translated("open", sends_facts=False):
             if self._folder is not None:
                 self._folder.check()
             self._opened = self._resolve(embedder, dimension)
@@ -223,12 +223,12 @@ class QdrantIndex(Adapter):
             yield
 
     @contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
+    def _translated(self, action: str, *, sends_facts: bool = True) -> Iterator[None]:
         # Only one thread at a time may use local mode.
-        with super()._translated(action), self._mutex if self._local else nullcontext():
+        with super()._translated(action, sends_facts=sends_facts), self._mutex if self._local else nullcontext():
             yield
 
-    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str, sent: Sequence[str] | None) -> DeliveryError:
         with suppress(Exception):
             if not self._client.collection_exists(self._name):
                 if self._opened is not None:
@@ -239,7 +239,7 @@ class QdrantIndex(Adapter):
         retry_after_s = getattr(error, "retry_after_s", None)  # qdrant-client's ResourceExhaustedResponse has it
         if retry_after_s is not None:
             return DeliveryRetryable(f"{message}: {type(error).__name__}", retry_after_s=retry_after_s, may_land=False)
-        return super()._delivery_error(error, message)
+        return super()._delivery_error(error, message, sent)
 
     def _resolve(self, embedder: str, dimension: int) -> OpenState:
         if not self._client.collection_exists(self._name):

@@ -271,7 +271,7 @@ class RedisIndex(Adapter):
         return f"{incarnation}:{run}"
 
     def _require_vector_sets(self) -> None:
-        with self._translated("look at"):
+        with self._translated("look at", sends_facts=False):
             version = str(self._client.info("server")["redis_version"])
         if int(version.partition(".")[0]) < 8:
             raise MemstateError(f"Redis {version} is too old. RedisIndex needs vector sets. Use Redis 8 or later.")
@@ -329,9 +329,11 @@ class RedisIndex(Adapter):
             except self._redis.exceptions.NoScriptError:
                 return call("EVAL", script, *parameters)
 
-    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str, sent: Sequence[str] | None) -> DeliveryError:
         # The points were checked before, so other errors come from the server or the network.
-        return delivery_error(error, message, unknown=DeliveryRetryable)
+        if isinstance(error, self._redis.exceptions.ConnectionError):  # an AuthenticationError is one, too
+            sent = ()
+        return delivery_error(error, message, unknown=DeliveryRetryable, sent=sent)
 
     # -- points -------------------------------------------------------------------------------------------------------
 

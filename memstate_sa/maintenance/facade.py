@@ -46,7 +46,7 @@ class MaintenanceMethods(MemoryParts):
 
         ``with memory.relay(engine):`` runs it in the background. *options*: see `RelayOptions`.
         """
-        require_options("relay", options, RelayOptions)
+        require_options(MaintenanceMethods.relay, options, RelayOptions)
         self._open()
         sync = self.sync_engine(engine)
         self._capture.guard(sync)
@@ -165,7 +165,7 @@ class MaintenanceMethods(MemoryParts):
         *model*: a tracked class, or several (default: all).
         *options*: see `BackfillOptions`.
         """
-        require_options("backfill", options, BackfillOptions)
+        require_options(MaintenanceMethods.backfill, options, BackfillOptions)
         batch_size, rate = options.get("batch_size", 1000), options.get("rate")
         require_count("batch_size", batch_size, "at least 1")
         if rate is not None and not rate > 0:

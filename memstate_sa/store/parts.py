@@ -57,7 +57,7 @@ class StoreParts:
         In a coroutine, use `AsyncMemoryStore`. If this transaction is open across an ``await``, it belongs to its
         asyncio task. Other tasks of the same thread get MemstateError until it ends.
         """
-        require_options("transaction", labels, Labels)
+        require_options(StoreParts.transaction, labels, Labels)
         check_texts(**labels)
         open_session = current_session(self.memory, self.engine)
         if open_session is not None:

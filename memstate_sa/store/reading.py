@@ -63,7 +63,7 @@ class ReadingMethods(StoreParts):
             for hit in store.search("what does Ada drink?", filters={"user": "ada"}):
                 print(hit.fact.payload, hit.score)
         """
-        require_options("search", options, SearchOptions, "query", "limit", "filters", "type", "session_id")
+        require_options(ReadingMethods.search, options, SearchOptions)
         with self._reading() as session:
             target = self._selecting(type, filters, session_id)
             return self.memory.search(session, query, target, limit=limit, **options)

@@ -56,7 +56,7 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
         index: VectorIndex | Mapping[str, VectorIndex] | None = None,
         **options: Unpack[StoreOptions],
     ) -> None:
-        require_options("MemoryStore", options, StoreOptions)
+        require_options(MemoryStore, options, StoreOptions)
         names = MemoryOptions.__annotations__
         memory_options = {name: value for name, value in options.items() if name in names}
         self.memory = Memory(index, **cast("MemoryOptions", memory_options))

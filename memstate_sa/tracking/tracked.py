@@ -215,12 +215,7 @@ class Tracked:
         values: Mapping[str, Any] = copies
         for shape in range(version, self.version):
             if shape in self.upgrade:
-                values = self.upgrade[shape](dict(values))
-                if not isinstance(values, Mapping):
-                    raise MemstateError(
-                        f"Cannot read an old image of {self.entity}: upgrade[{shape}] returned {values!r}. It must "
-                        "return a dict of columns."
-                    )
+                values = self._upgraded(shape, values)
         columns, sources = self.columns_for(dialect), {id(value): name for name, value in copies.items()}
         upgraded: dict[str, Any] = {}
         for name, value in values.items():
@@ -231,6 +226,20 @@ class Tracked:
                 upgraded[name] = encode(stored[source])
             else:
                 upgraded[name] = encode(columns.to_raw(name, value))
+        return upgraded
+
+    def _upgraded(self, shape: int, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """*values* of the version *shape*, in the shape of the next version."""
+        failure = f"Cannot read an old image of {self.entity}: upgrade[{shape}]"
+        try:
+            upgraded = self.upgrade[shape](dict(values))
+        except Exception as error:
+            raise MemstateError(
+                f"{failure} raised {type(error).__name__}. It got the columns {', '.join(values)}. Entries between a "
+                "migration and the release with version= have the new columns, so the function must accept both."
+            ) from error
+        if not isinstance(upgraded, Mapping):
+            raise MemstateError(f"{failure} returned {upgraded!r}. It must return a dict of columns.")
         return upgraded
 
     # -- projections -----------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class UndoMethods(MemoryParts):
         ``on_conflict="skip"`` leaves such facts as they are, and "force" overwrites later changes of the same facts.
         A constraint that only the database knows always raises, for example a partial index.
         """
-        require_options("rollback", options, RollbackOptions, "steps", "session_id")
+        require_options(UndoMethods.rollback, options, RollbackOptions)
         sync = blocking_session(session, "rollback")
         scope = self._scope(sync, session_id, options)
         tx, to = options.get("tx"), options.get("to")
@@ -76,7 +76,7 @@ class UndoMethods(MemoryParts):
 
         *options*: see `RevokeOptions`.
         """
-        require_options("revoke", options, RevokeOptions)
+        require_options(UndoMethods.revoke, options, RevokeOptions)
         sync = blocking_session(session, "revoke")
         scope = self._scope(sync, options.get("session_id"), options)
         tx = options.get("tx", ())
