@@ -431,7 +431,8 @@ class StepCoordinator:
         with self._changed:
             keys = self._keys_settled_by(thread_id, task_id)
             transactions = [self._open[key] for key in keys]
-            self._committing += transactions  # before removing them from _open, which others read without the lock
+            # Add them before removing them from _open, which others read without the lock.
+            self._committing += transactions
             for key in keys:
                 del self._open[key]
             return transactions

@@ -248,3 +248,18 @@ def test_history_of_the_store_leaves_items_out(facts: MemoryStore) -> None:
         assert [change.entity for change in facts.memory.history(session)] == ["memstate_item"]
     facts.rollback()
     assert items.get(("a",), "b") is None
+
+
+async def test_items_of_a_coroutine_join_its_step(facts: MemoryStore, saver: MemStateCheckpointer) -> None:
+    """`aput` would not: it runs in another thread."""
+    items = MemStateStore(facts)
+    items.setup()
+
+    async def node(state: State) -> State:
+        await saver.astep(lambda session: items.put(("a",), "b", {"text": "x"}))
+        raise ValueError("after the step")
+
+    graph = StateGraph(State).add_node("node", node).add_edge(START, "node").compile(checkpointer=saver)
+    with pytest.raises(ValueError, match="after the step"):
+        await graph.ainvoke({"trail": []}, CONFIG)
+    assert items.get(("a",), "b") is None
