@@ -116,12 +116,21 @@ def _paragraph(change: Change) -> Iterator[str]:
         yield cell(f"  {name}: {value}")
 
 
+def _readable(entity: str, name: str, value: Any) -> Any:
+    """*value*, or the namespace that the column of a LangGraph item holds in hex."""
+    if entity == "memstate_item" and name == "scope":
+        from memstate_sa.integrations.langgraph.item_rows import namespace_of
+
+        return namespace_of(value)
+    return value
+
+
 def _values(change: Change) -> Iterator[tuple[str, str]]:
     """The values of the row. An update has only the columns that differ, before and after."""
     before, after = change.before or {}, change.after or {}
     if not (before and after):
         for name, value in (after or before).items():
-            yield name, _shortened(value)
+            yield name, _shortened(_readable(change.entity, name, value))
         return
     for name, value in after.items():
         if name not in before:

@@ -17,15 +17,13 @@ from urllib.parse import unquote, urlsplit
 import typer
 
 from memstate_sa.cli.errors import did_you_mean, exit_on_error, fail, unknown
+from memstate_sa.errors import MemstateError
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from memstate_sa import Memory
     from memstate_sa.tracking.tracked import Tracked
-
-_EXAMPLES = "Write for example sqlite:///app.db or postgresql+psycopg://user@host/app."
-_POSTGRESQL = {"postgres", "pgsql", "psql", "pg"}  # names that others give to it
 
 
 @contextmanager
@@ -44,7 +42,7 @@ def open_memory(
         if url is None and memory is not target:
             engine: Engine = target.engine
         else:
-            engine = _engine(memory, url or default_url)
+            engine = _engine(url or default_url)
             stack.callback(engine.dispose)
             if must_exist and url is not None:
                 require_database(url)
@@ -209,40 +207,15 @@ def missing_file(url: str) -> Path | None:
     return None if path == ":memory:" or Path(path).exists() else Path(path)
 
 
-def _engine(memory: Memory, url: str | None) -> Engine:
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
-
-    from memstate_sa.db.dialects import BY_NAME
-    from memstate_sa.db.engines import make_engine
+def _engine(url: str | None) -> Engine:
+    from memstate_sa.db.engines import URL_EXAMPLES, engine_of
 
     if url is None:
-        _refuse(f"There is no URL, and a Memory has no database of its own. {_EXAMPLES}")
+        _refuse(f"There is no URL, and a Memory has no database of its own. {URL_EXAMPLES}")
     try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):  # their messages may quote the URL, and its password
-        _refuse(f"This is not a database URL. {_EXAMPLES}")
-    kind = parsed.get_backend_name()
-    if kind in _POSTGRESQL:
-        _refuse(f"SQLAlchemy does not know {kind}://. Write postgresql+psycopg://…")
-    if kind not in BY_NAME:
-        _refuse(f"memstate_sa does not support {kind}. It works with PostgreSQL and SQLite. {_EXAMPLES}")
-    try:
-        if parsed.get_dialect().is_async:
-            from sqlalchemy.ext.asyncio import create_async_engine
-
-            return memory.sync_engine(create_async_engine(parsed))
-        return make_engine(parsed)
-    except NoSuchModuleError:
-        _refuse(f"SQLAlchemy does not know the driver of {parsed.drivername}://. {_EXAMPLES}")
-    except ModuleNotFoundError as error:
-        _refuse(f"The driver {error.name} is not installed. {_driver_hint(parsed.drivername)}")
-
-
-def _driver_hint(drivername: str) -> str:
-    if drivername == "postgresql+psycopg":
-        return "Run: pip install 'memstate-sa[postgres]'"
-    return _EXAMPLES
+        return engine_of(url)
+    except MemstateError as error:
+        _refuse(str(error))
 
 
 def _refuse(problem: str) -> NoReturn:

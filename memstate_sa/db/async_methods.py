@@ -21,7 +21,7 @@ class AsyncMethod(Generic[P, R]):
         self.__doc__ = f"`{method.__name__}` for an AsyncSession.\n\n{method.__doc__}"
 
         @wraps(method)
-        async def awaited(instance: Any, session: AwaitedSession, *args: P.args, **kwargs: P.kwargs) -> R:
+        async def awaited(instance: Any, session: AwaitedSession, /, *args: P.args, **kwargs: P.kwargs) -> R:
             run: Callable[..., R] = partial(method, instance)
             result: R = await awaited_session(session, method.__name__).run_sync(run, *args, **kwargs)
             return result

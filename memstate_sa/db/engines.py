@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import URL, Engine, Pool, StaticPool, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.engine.base import OptionEngine
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from memstate_sa.db import sqlite
 from memstate_sa.db.dialects import BY_NAME, SQLITE, database_of
@@ -17,6 +17,11 @@ from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.runtime import forks
 
 _ATTRIBUTE = "memstate_own_pool"
+URL_EXAMPLES = "Write for example sqlite:///app.db or postgresql+psycopg://user@host/app."
+_ADVICE = {
+    True: "Check the path, and the rights on its folder.",
+    False: "Check the URL, and that the server runs and has this database.",
+}
 _making = threading.Lock()
 _OF_ASYNCPG = {
     *("async_fallback", "command_timeout", "max_cacheable_statement_size", "max_cached_statement_lifetime"),
@@ -88,7 +93,7 @@ def _dispose(separate: Engine, engine: Engine) -> None:
         separate.dispose()
 
 
-def blocking_engine(url: URL) -> Engine:
+def blocking_engine(url: URL, **options: Any) -> Engine:
     """An engine on *url* with a driver for threads. Options of asyncpg are translated, or left out."""
     database, query, arguments = BY_NAME.get(url.get_backend_name()), dict(url.query), dict[str, Any]()
     if url.drivername == "postgresql+asyncpg":
@@ -98,33 +103,59 @@ def blocking_engine(url: URL) -> Engine:
             arguments["prepare_threshold"] = None
         query = {name: value for name, value in query.items() if name not in _OF_ASYNCPG}
     driver = url.get_backend_name() if database is None else database.blocking_driver
-    return make_engine(url.set(drivername=driver, query=query), connect_args=arguments)
+    arguments |= options.pop("connect_args", {})
+    return make_engine(url.set(drivername=driver, query=query), connect_args=arguments, **options)
 
 
-def engine_of(url: str) -> Engine:
-    """An engine on *url* as users write it: ``postgresql://…`` takes psycopg. Raises MemstateError."""
+def engine_of(url: str | URL) -> Engine:
+    """An engine for threads on *url* as users write it. Raises MemstateError if *url* is invalid or not supported.
+
+    ``postgresql://…`` and ``postgres://…`` take psycopg. A driver for asyncio is replaced by one for threads.
+    """
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # not chained: the text of a ValueError may quote a part of the password
-        raise MemstateError("This is not a database URL. Write postgresql://… or sqlite:///…") from None
+    except (ArgumentError, ValueError):  # its text may quote a part of the password
+        raise MemstateError(f"This is not a database URL. {URL_EXAMPLES}") from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
-    in_memory = BY_NAME.get(parsed.get_backend_name()) is SQLITE and (parsed.database or ":memory:") == ":memory:"
+    kind = parsed.get_backend_name()
+    if kind not in BY_NAME:
+        raise MemstateError(f"memstate_sa does not support {kind}. It works with PostgreSQL and SQLite. {URL_EXAMPLES}")
+    in_memory = BY_NAME[kind] is SQLITE and (parsed.database or ":memory:") == ":memory:"
     options: dict[str, Any] = (
         {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if in_memory else {}
     )
     try:
-        return make_engine(parsed, **options)
-    except (NoSuchModuleError, ImportError) as error:
-        if parsed.drivername == "postgresql+psycopg":
+        return (blocking_engine if parsed.get_dialect().is_async else make_engine)(parsed, **options)
+    except NoSuchModuleError as error:
+        raise MemstateError(f"SQLAlchemy does not know the driver of {parsed.drivername}://. {URL_EXAMPLES}") from error
+    except ModuleNotFoundError as error:
+        if error.name == "psycopg":
             raise MissingExtra("psycopg", "postgres") from error
-        raise MemstateError(
-            f"Cannot use the driver {parsed.drivername}: it is unknown to SQLAlchemy, or not installed. Check the URL."
-        ) from error
+        raise MemstateError(f"The driver {error.name} is not installed. {URL_EXAMPLES}") from error
+
+
+def connection_failure(url: URL, error: DBAPIError) -> MemstateError:
+    """The error for a database that cannot be opened, with the driver's own reason. It shows no secret of *url*."""
+    lines = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
+    reason = lines[0].rstrip(" .:")
+    for values in (url.password, *url.query.values()):
+        for value in (values,) if isinstance(values, str) else values or ():
+            reason = reason.replace(value, "…") if value else reason
+    if error.statement:
+        advice = "Check the rights of the URL's user, and the database."
+    else:
+        advice = _ADVICE[BY_NAME[url.get_backend_name()].runs_in_process]
+    return MemstateError(f"Cannot open {shown_url(url)}: {reason}. {advice}")
+
+
+def shown_url(url: URL) -> str:
+    """*url* without secrets: its query may hold a password, too."""
+    return url.set(query={}).render_as_string()
 
 
 def is_same_database(one: Engine, other: Engine) -> bool:
-    """Whether the engines are on the same database, with any drivers. On SQLite one would wait for the other."""
+    """Whether two engines use the same database, with any drivers. On SQLite, one would wait for the other."""
     return one is other or one.url.set(drivername=_kind(one)) == other.url.set(drivername=_kind(other))
 
 

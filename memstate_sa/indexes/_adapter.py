@@ -13,11 +13,11 @@ from memstate_sa.indexes.provider_errors import delivery_error
 from memstate_sa.runtime.display import summary
 
 REMEMBERED_S = 86_400
-"""How long the epoch of a deleted id is remembered. No request of an overtaken relay is under way for so long."""
+"""The epoch of a deleted id is remembered for this time. A late request of a relay that lost its claim takes less."""
 
 
 class OpenState(NamedTuple):
-    """The arguments with which an index was opened. The incarnation is kept only for adapters that need it."""
+    """The arguments with which an index was opened, and its incarnation if the adapter needs it."""
 
     embedder: str
     dimension: int
@@ -28,7 +28,7 @@ class Adapter:
     """The base of indexes that need `open`, and have a vendor's client with its own errors."""
 
     _vendor: ClassVar[str] = ""
-    """The name in messages."""
+    """The name of the vendor, for messages."""
 
     _opened: OpenState | None = None
 
@@ -74,7 +74,7 @@ class Adapter:
 
 
 class IdListing:
-    """The sorted ids of a running scan, for a vendor that lists them in another order. Kept until the scan ends."""
+    """A sorted list of all ids, which lives for one scan. It is for vendors that list ids in another order."""
 
     def __init__(self) -> None:
         self._listing: tuple[str, list[str]] | None = None
@@ -85,7 +85,10 @@ class IdListing:
     def pages(
         self, incarnation: str, after: str | None, size: int, read_ids: Callable[[], Iterable[str]]
     ) -> Iterator[list[str]]:
-        """Pages of the ids greater than *after*. A new scan begins if *after* is None, or if no scan is running."""
+        """The ids greater than *after*, in pages.
+
+        *read_ids* is called for a list if *after* is None, or if there is no list for *incarnation*.
+        """
         listing = self._listing
         if after is None or listing is None or listing[0] != incarnation:
             listing = self._listing = (incarnation, sorted(read_ids()))
@@ -96,11 +99,11 @@ class IdListing:
 
 
 def id_bytes(id_: str) -> bytes:
-    """*id_* in UTF-8. Raises DeliveryRejected when it is not Unicode text."""
+    """*id_* in UTF-8. Raises DeliveryRejected if it is not Unicode text."""
     try:
         return id_.encode()
     except UnicodeEncodeError as error:
-        raise DeliveryRejected(f"The id {id_!r} is not Unicode text.") from error
+        raise DeliveryRejected(f"Invalid id {id_!r}: it is not Unicode text. Change the key of the fact.") from error
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """PostgreSQL with pgvector as a vector index: a separate table, in the facts' database or in another one.
 
 Each vector is stored as a unit vector and its length. So the inner product is the cosine, no square overflows, and a
-zero vector has distance 1. In pgvector's own cosine distance it has NaN, and is left out of the graph.
+zero vector has distance 1. Its own cosine distance would be NaN in pgvector, and the graph would leave it out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 _RECOUNT_S = 10.0
-"""The points are counted again after this time. Too few are added in between to make comparing all of them slow."""
+"""The points are counted again after this time. In between, relays add too few to make comparing all of them slow."""
 _REMEMBERED = timedelta(seconds=REMEMBERED_S)
 _OLDEST_VERSION = (0, 8)
 """Older versions of pgvector do not continue the graph search when a filter removes too many points."""
@@ -72,11 +72,11 @@ class PgVectorIndex(Adapter):
     because a searching Session already holds a connection of the engine's pool. Each batch is one transaction, and the
     statement that writes also checks the epochs (`FencedIndex`).
 
-    Up to 5,000 points, a query compares all of them. In a larger table it searches an HNSW graph with *ef_search*
-    candidates, and continues if a filter leaves too few. ``exact=True`` always compares all points. ``exact=False``
-    always uses the graph, which may miss a near point. The graph has half precision over 2,000 dimensions, and there is
-    no graph over 4,000. Distances are always those of the full vectors. Filters run in the database. The text of a fact
-    is not stored.
+    In a table of up to 5,000 points, a query compares all of them. In a larger one it searches an HNSW graph with
+    *ef_search* candidates, and continues if a filter leaves too few. ``exact=True`` always compares all points.
+    ``exact=False`` always uses the graph, which may miss a near point. The graph has half precision over 2,000
+    dimensions, and there is no graph over 4,000. Distances are always those of the full vectors. Filters run in the
+    database. The text of a fact is not stored.
     """
 
     fences = True
@@ -186,13 +186,13 @@ class PgVectorIndex(Adapter):
                 rows = connection.execute(statement, parameters).all()
                 if len(rows) == limit:
                     return _matches(rows)
-            # Compare all points, also if the graph returned too few. A short answer must mean that no more match.
+            # Compare all points. Do this also after a short answer from the graph, because points may be missing in it.
             is_by_name = ids is not None and not condition
             statement = statements.compared_by_name if is_by_name else statements.compared(criteria)
             return _matches(connection.execute(statement, parameters).all())
 
     def _compares(self, connection: Connection, statements: Statements) -> bool:
-        """Whether to compare all points. Up to some thousand, that is as fast as the graph, and misses none."""
+        """Whether to compare all points. With a few thousand points, this is as fast as the graph, and misses none."""
         if self._exact is None and time.monotonic() >= self._counted_at + _RECOUNT_S:
             self._is_small = connection.execute(statements.count_some).scalar_one() <= EXACT_UP_TO
             self._counted_at = time.monotonic()
@@ -221,7 +221,7 @@ class PgVectorIndex(Adapter):
         """
         with self._using("purge") as (connection, statements):
             table = connection.dialect.identifier_preparer.format_table(statements.points).replace("%%", "%")
-            # Not VACUUM FULL: it copies deleted rows that an older transaction might still see.
+            # Do not use VACUUM FULL. It also copies deleted rows that an older transaction might still see.
             _run(connection, "SET LOCAL lock_timeout = '30s'")
             _run(connection, f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
             _run(connection, f"CREATE TEMPORARY TABLE memstate_kept ON COMMIT DROP AS TABLE {table}")
@@ -387,5 +387,5 @@ def _matches(rows: Sequence[Any]) -> list[Match]:
 
 
 def _run(connection: Connection, statement: str) -> None:
-    """Run *statement* without parameters, because a name in it may look like one."""
+    """Run *statement* without parameters, because a name in it may look like a parameter."""
     connection.exec_driver_sql(statement, execution_options={"no_parameters": True})

@@ -27,7 +27,7 @@ def retryable_status(status: int) -> bool:
 def delivery_error(
     error: BaseException, message: str, *, unknown: type[DeliveryError], sent: Collection[str] | None = None
 ) -> DeliveryError:
-    """The error to raise ``from`` *error*: an *unknown* if no status and no type in its chain decides.
+    """The error to raise ``from`` *error*. It is an *unknown* if neither a status nor a type in the chain decides.
 
     Clients wrap errors. Chroma raises a plain Exception while handling httpx's error, and SDKs raise their own error
     from a socket's. So every error in the chain is examined, outermost first. An HTTP status is stronger evidence than
@@ -71,8 +71,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _unavailable() -> tuple[type[BaseException], ...]:
-    # JSONDecodeError: a gateway sent its error page instead of an answer. httpx errors are not OSErrors. Only imported
-    # clients matter, because others cannot have raised the error.
+    # A JSONDecodeError means that a gateway sent an error page instead of an answer. httpx errors are not OSErrors.
+    # Only imported clients matter, because others cannot have raised the error.
     clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
     return (OSError, json.JSONDecodeError, *(client.TransportError for client in clients))
 

@@ -44,6 +44,7 @@ class SearchMethods(MemoryParts):
     def search(
         self,
         session: SyncSession,
+        /,
         query: str,
         target: Select[tuple[M]],
         *,
@@ -55,6 +56,7 @@ class SearchMethods(MemoryParts):
     def search(
         self,
         session: SyncSession,
+        /,
         query: str,
         target: type[M] | Select[M],
         *,
@@ -63,7 +65,7 @@ class SearchMethods(MemoryParts):
     ) -> Hits[M]: ...
 
     def search(
-        self, session: SyncSession, query: str, target: Any, *, limit: int = 5, **options: Unpack[SearchOptions]
+        self, session: SyncSession, /, query: str, target: Any, *, limit: int = 5, **options: Unpack[SearchOptions]
     ) -> Hits[Any]:
         """The *limit* facts nearest in meaning to *query*, best first, among the rows that *target* selects.
 
@@ -81,6 +83,7 @@ class SearchMethods(MemoryParts):
     async def asearch(
         self,
         session: AwaitedSession,
+        /,
         query: str,
         target: Select[tuple[M]],
         *,
@@ -92,6 +95,7 @@ class SearchMethods(MemoryParts):
     async def asearch(
         self,
         session: AwaitedSession,
+        /,
         query: str,
         target: type[M] | Select[M],
         *,
@@ -100,7 +104,7 @@ class SearchMethods(MemoryParts):
     ) -> Hits[M]: ...
 
     async def asearch(
-        self, session: AwaitedSession, query: str, target: Any, *, limit: int = 5, **options: Unpack[SearchOptions]
+        self, session: AwaitedSession, /, query: str, target: Any, *, limit: int = 5, **options: Unpack[SearchOptions]
     ) -> Hits[Any]:
         """`search` for an AsyncSession. It calls the index and the embedder in threads."""
 
@@ -121,6 +125,7 @@ class SearchMethods(MemoryParts):
     def history(
         self,
         session: SyncSession,
+        /,
         model_or_instance: object = None,
         key: Any = None,
         **options: Unpack[HistoryOptions],
@@ -190,9 +195,9 @@ class SearchMethods(MemoryParts):
             yield session
 
     def diff(self, session: SyncSession, a: Moment, b: Moment | None = None, model: type[Any] | None = None) -> Changes:
-        """The difference between moment *a* and moment *b* (default: now), as one change a fact.
+        """The difference between moment *a* and moment *b* (default: now), as one change per fact.
 
-        Facts that are the same at both moments are left out. Labels and ids are those of the fact's last change.
+        Facts that are the same at both moments are left out. A change has the labels and ids of the fact's last change.
         *model*: only facts of this class.
         """
         classes = [self._registry.of_whole(model)] if model is not None else list(self._registry.by_entity.values())

@@ -49,7 +49,7 @@ class Succession:
     def index_for(self, tracked: Tracked, index: str | None) -> str:
         """The index for a search of *tracked*, before `current` replaces it by its successor."""
         if not tracked.indexes:
-            raise MemstateError("Cannot search: this Memory has no index. Use Memory(index, embedder=…).")
+            raise MemstateError("Cannot search: there is no index. Give one as index= to Memory or MemoryStore.")
         if index is None:
             successor_names = {*self._successors.values()}
             return next((name for name in tracked.indexes if name not in successor_names), tracked.indexes[0])
@@ -64,7 +64,7 @@ class Succession:
         """The index that searches of *name* ask: *name* itself, or the successor that has replaced it.
 
         A successor that was lost or emptied since the switch does not count. Searches ask the old index until the
-        successor is filled, and replaces it again.
+        successor is filled and has replaced it again.
         """
         while name in self._successors:
             switch = connection.execute(_switched, {"index": name}).one_or_none()
@@ -92,4 +92,6 @@ def check_successors(successors: Mapping[str, str], indexes: Mapping[str, object
             seen.add(last)
             last = successors[last]
         if last in seen:
-            raise MemstateError(f"Circle in successors={dict(successors)!r}: {last!r} would be its own successor.")
+            raise MemstateError(
+                f"Cannot use successors={dict(successors)!r}: {last!r} would be its own successor. Remove this circle."
+            )

@@ -11,6 +11,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
+from memstate_sa.db.engines import connection_failure
 from memstate_sa.db.joined_session import current_session, use_session
 from memstate_sa.errors import DeliveryError, MemstateError
 from memstate_sa.memory import Memory
@@ -44,7 +45,7 @@ class StoreParts:
     def transaction(self, **labels: Unpack[Labels]) -> Iterator[Session]:
         """Make several calls one SQL transaction: all of them take effect, or none.
 
-        Calls in the same thread join it. A call that raises leaves nothing of its own. Catch its error to go on with
+        Calls in the same thread join the transaction. A call that raises writes nothing. Catch its error to go on with
         the other calls.
 
         ::
@@ -62,7 +63,8 @@ class StoreParts:
         if open_session is not None:
             with open_session.begin_nested():
                 yield open_session
-            self.memory.annotate(open_session, **labels)  # at the end: a call that failed leaves no labels either
+                open_session.flush()  # a call that fails leaves no labels, and wrong labels leave no changes
+                self.memory.annotate(open_session, **labels)
             return
         self._open()
         with self._alone():
@@ -120,7 +122,7 @@ class StoreParts:
             logger.warning("not delivered yet: %s", error if isinstance(error, DeliveryError) else type(error).__name__)
 
     def _open(self) -> None:
-        """Connect, unless that is done. Raises MemstateError after `close`."""
+        """Connect at the first call. Raises MemstateError after `close`."""
         if self._closed:
             raise MemstateError("This MemoryStore is closed. Make another one.")
         if not self._is_connected:
@@ -134,14 +136,8 @@ class StoreParts:
         try:
             self.memory.create_tables(self.engine)
         except DBAPIError as error:
-            raise MemstateError(
-                f"Cannot open {self._shown_url()}: {type(error.orig).__name__}. Check the URL and the database."
-            ) from error
+            raise connection_failure(self.engine.url, error) from error
         if self._drains:
             self._deliver()
         elif self._background:
             self.relay.start()
-
-    def _shown_url(self) -> str:
-        """The URL without secrets: its query may hold a password, too."""
-        return self.engine.url.set(query={}).render_as_string()

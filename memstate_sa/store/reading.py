@@ -12,7 +12,7 @@ from memstate_sa.db.json_filter import member_equals
 from memstate_sa.fact import Fact
 from memstate_sa.log.changes import Changes
 from memstate_sa.log.history import Moment
-from memstate_sa.options import SearchOptions
+from memstate_sa.options import SearchOptions, require_options
 from memstate_sa.search.hits import Hits
 from memstate_sa.store.parts import StoreParts
 from memstate_sa.tracking.fact_types import check_id, check_texts
@@ -32,6 +32,9 @@ class ReadingMethods(StoreParts):
         self, type: str | None = None, filters: Mapping[str, Any] | None = None, session_id: str | None = None
     ) -> list[Fact]:
         """The facts of a type and of a session whose payload fields equal *filters*, oldest first.
+
+        *session_id* is the fact's own column, from ``Fact(session_id=…)`` or ``commit(…, session_id=…)``. For the facts
+        that a transaction with this label has changed, call `history`.
 
         ::
 
@@ -60,6 +63,7 @@ class ReadingMethods(StoreParts):
             for hit in store.search("what does Ada drink?", filters={"user": "ada"}):
                 print(hit.fact.payload, hit.score)
         """
+        require_options(ReadingMethods.search, options, SearchOptions)
         with self._reading() as session:
             target = self._selecting(type, filters, session_id)
             return self.memory.search(session, query, target, limit=limit, **options)
@@ -88,6 +92,9 @@ class ReadingMethods(StoreParts):
     ) -> Changes:
         """The changes of fact *id*, or of all facts, oldest first.
 
+        Items of a MemStateStore are left out: ``store.memory.history(session)`` has them too. `revoke` and `rollback`
+        undo changes of both.
+
         *actor*, *session_id*: only changes with this label.
         *limit*: only the newest changes, at most this number.
         """
@@ -99,7 +106,7 @@ class ReadingMethods(StoreParts):
     def as_of(self, id: str, at: Moment) -> Fact | None:
         """A copy of fact *id* as it was at a time, or after a transaction (``Change.tx``).
 
-        None: there was no such fact. Raises HistoryMissing for an erased fact.
+        Returns None if there was no such fact then. Raises HistoryMissing for an erased fact.
 
         ::
 
@@ -112,11 +119,14 @@ class ReadingMethods(StoreParts):
         return None if values is None else Fact(**values)
 
     def diff(self, a: Moment, b: Moment | None = None) -> Changes:
-        """The difference between two moments (*b*: now), as one change for each fact; see `Memory.diff`."""
+        """The difference between two moments (*b*: now), as one change for each fact; see `Memory.diff`.
+
+        Items of a MemStateStore are left out: ``store.memory.diff(session, a, b)`` has them too.
+        """
         with self._reading() as session:
             return self.memory.diff(session, a, b, Fact)
 
     def token(self, id: str) -> str | None:
-        """The transaction that changed fact *id* last, for `wait` in any process. None: there never was such a fact."""
+        """The transaction that changed fact *id* last, for `wait` in any process. None if no such fact ever existed."""
         changes = self.history(id, limit=1)
         return changes[0].tx if changes else None

@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack, cast
 
 from pydantic import BaseModel
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import sessionmaker
 
 from memstate_sa.db import sqlite
-from memstate_sa.db.engines import engine_of
+from memstate_sa.db.engines import engine_of, shown_url
 from memstate_sa.fact import Fact
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.memory import Memory
@@ -35,11 +35,11 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
     *index*: a `VectorIndex`, which is then named "memory", or several by name. Without an index there is no search.
     *options*: see `StoreOptions`.
 
-    It creates its tables, and a relay in a background thread keeps the index up to date. It is thread-safe. Close it,
-    or use it as a context manager. The facts that it returns are detached, so they stay usable after it is closed.
+    A store creates its tables, and its relay in a background thread keeps the index up to date. A store is thread-safe.
+    Close it, or use it as a context manager. The facts that it returns are detached, so they stay usable afterwards.
     ``.memory``, ``.engine`` and ``.relay`` are its `Memory`, its Engine and its `Relay`.
 
-    Raises MemstateError for a URL that does not connect, IndexMismatch for an index of another embedder.
+    Raises MemstateError if the URL does not connect, and IndexMismatch if another embedder has filled the index.
 
     ::
 
@@ -52,7 +52,7 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
 
     def __init__(
         self,
-        url_or_engine: str | Engine | AsyncEngine,
+        url_or_engine: str | URL | Engine | AsyncEngine,
         index: VectorIndex | Mapping[str, VectorIndex] | None = None,
         **options: Unpack[StoreOptions],
     ) -> None:
@@ -73,7 +73,7 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
         self._thread = ThreadState()
         self._closed = self._is_connected = False
         self.engine = (
-            engine_of(url_or_engine) if isinstance(url_or_engine, str) else self.memory.sync_engine(url_or_engine)
+            engine_of(url_or_engine) if isinstance(url_or_engine, str | URL) else self.memory.sync_engine(url_or_engine)
         )
         self._owns_engine = self.engine is not url_or_engine
         self._is_shared = sqlite.is_in_memory(self.engine)
@@ -130,7 +130,7 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
 
     def __repr__(self) -> str:
         indexes = ", ".join(self.memory.indexes) or "none"
-        return f"<MemoryStore [{self._shown_url()} | index: {indexes} | {self._state()}]>"
+        return f"<MemoryStore [{shown_url(self.engine.url)} | index: {indexes} | {self._state()}]>"
 
     def _state(self) -> str:
         if self._closed:

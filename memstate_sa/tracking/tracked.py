@@ -158,7 +158,7 @@ class Tracked:
 
     def columns_for(self, dialect: Dialect) -> TableColumns:
         """This class' statements and conversions for *dialect*."""
-        # Cached by database: dialects of one database differ only in details of their server.
+        # The cache is by database, because its dialects differ only in details of their server.
         database = database_of(dialect)
         columns = self._columns.get(database)
         if columns is None:
@@ -205,8 +205,8 @@ class Tracked:
     def upcast(self, image: Image, version: int, dialect: Dialect) -> Image:
         """An *image* of the older shape *version*, in today's shape.
 
-        A value that an upgrade function passes on stays the driver's, under its old or a new name. A new value of the
-        function is an ORM value.
+        A value that an upgrade function passes on stays driver-level, under its old or a new name. A value that the
+        function makes is an ORM value.
         """
         if version >= self.version or not self.upgrade:
             return image
@@ -253,7 +253,7 @@ class Tracked:
     def projection(self) -> str:
         """A description of text and metadata, as JSON. When it changes, every row must be delivered again.
 
-        For a text function it has only the `text_version`, because the code of a function cannot be compared.
+        For a text function it has the `text_version`, because the code of a function cannot be compared.
         """
         if self.text is None:
             return json.dumps({"text": None})

@@ -26,6 +26,9 @@ MISSPELT: dict[str, tuple[Callable[..., Any], str]] = {
     "rollback's session_id": (lambda memory, session: memory.rollback(session, sesion_id="run-1"), "session_id"),
     "rollback's steps": (lambda memory, session: memory.rollback(session, stesp=2), "steps"),
     "revoke": (lambda memory, session: memory.revoke(session, acter="ann"), "actor"),
+    "search session": (lambda memory, session: memory.search(session, "tea", Person, limt=3, session="t"), "limit"),
+    "rollback session": (lambda memory, session: memory.rollback(session, session="t"), "session_id"),
+    "revoke session": (lambda memory, session: memory.revoke(session, session="t"), "session_id"),
     "backfill": (lambda memory, session: memory.backfill(session.bind, batchsize=3), "batch_size"),
 }
 
@@ -34,7 +37,7 @@ MISSPELT: dict[str, tuple[Callable[..., Any], str]] = {
 def test_a_misspelt_option_names_the_close_match(case: str) -> None:
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     call, meant = MISSPELT[case]
-    function = case.partition("'")[0]
+    function = case.replace("'", " ").split(maxsplit=1)[0]
     with pytest.raises(TypeError, match=rf"{function}\(\) has no option '\w+'\. Did you mean '{meant}'\?"):
         call(memory, Session(create_engine("sqlite://")))
 

@@ -30,15 +30,12 @@ def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: M
 def _sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
     if isinstance(where, (MemoryStore, Engine)):
         return where if isinstance(where, Engine) else where.engine
-    if isinstance(where, (str, URL)):
-        url: str | URL = where
-    elif memory is not None:
+    if memory is not None and not isinstance(where, (str, URL)):
         return memory.sync_engine(where)
-    elif isinstance(getattr(where, "url", None), URL):
-        url = where.url.set(drivername=where.url.get_backend_name())
-    else:
+    url = getattr(where, "url", where)
+    if not isinstance(url, (str, URL)):
         raise MemstateError(f"Invalid database {where!r}: pass a MemoryStore, an Engine or a URL.")
-    return engine_of(url if isinstance(url, str) else url.render_as_string(hide_password=False))
+    return engine_of(url)
 
 
 def room_for_steps(engine: Engine) -> int:

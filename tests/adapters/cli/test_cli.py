@@ -83,7 +83,7 @@ def test_an_application_that_is_not_found_is_explained(bare: Application, app_op
     [
         ("not a url: secret", "This is not a database URL"),
         ("postgresql://ana:secret@host:port/x", "This is not a database URL"),
-        ("postgres://ana:secret@host/x", "Write postgresql+psycopg://"),
+        ("pgsql://ana:secret@host/x", "does not support pgsql. It works with PostgreSQL and SQLite. Write for example"),
         ("mysql://ana:secret@host/x", "memstate_sa does not support mysql. It works with PostgreSQL and SQLite"),
         ("mysql+nosuchdriver://host/x", "does not support mysql"),
         ("nosuchdatabase://host/x", "does not support nosuchdatabase"),
@@ -679,7 +679,7 @@ def test_exported_facts_import_into_another_database(served: Application, tmp_pa
     invoke("init", *at)
     assert "2 changes imported" in invoke("import", *at, "-", input=piped)
     assert "Likes coffee ☕" in invoke("log", *at, "Note", str(key))
-    assert "Was this file imported before?" in invoke("import", *at, str(file), exit_code=1)
+    assert "Perhaps this file was imported before" in invoke("import", *at, str(file), exit_code=1)
     with engine.connect() as connection:
         assert connection.scalars(select(served.module.Note.text)).all() == ["Likes coffee ☕"]
     engine.dispose()

@@ -110,7 +110,7 @@ def test_missing_driver_is_explained_with_its_extra(bare: Application, monkeypat
     monkeypatch.setitem(sys.modules, "psycopg", None)
     url = "postgresql+psycopg://ana@host/shop"
     output = flat(invoke("status", "--app", f"{bare.name}:memory", "--url", url, exit_code=2))
-    assert "The driver psycopg is not installed. Run: pip install 'memstate-sa[postgres]'" in output
+    assert "psycopg is not installed. Run: pip install 'memstate-sa[postgres]'" in output
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, make_url
 
 from memstate_sa import AsyncMemoryStore, ConflictError, Fact, Hit, MemoryStore, MemstateError, ValidationFailed
 from memstate_sa.indexes import InMemoryIndex
@@ -31,6 +31,29 @@ class Profile(BaseModel):
 async def store(engine: Engine) -> AsyncIterator[AsyncMemoryStore]:
     async with opened_async(engine) as made:
         yield made
+
+
+@pytest.mark.parametrize("driver", ["sqlite+aiosqlite", "postgresql+asyncpg", "postgresql+psycopg_async"])
+async def test_url_with_a_driver_for_asyncio_opens_the_same_database(
+    driver: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The store takes a driver for threads. The options of asyncpg are translated."""
+    pytest.importorskip(driver.partition("+")[2].removesuffix("_async"))
+    url = make_url(f"sqlite:///{tmp_path / 'facts.db'}")
+    if driver.startswith("postgresql"):
+        url = request.getfixturevalue("postgres_engine").url
+    with MemoryStore(url, background=False) as store:
+        store.commit(note("Ada likes tea"))
+    query = {"ssl": "disable"} if driver.endswith("asyncpg") else {}
+    async with AsyncMemoryStore(url.set(drivername=driver).update_query_dict(query), background=False) as again:
+        assert await all_contents(again) == ["Ada likes tea"]
+
+
+async def test_url_of_an_in_memory_database_may_name_a_driver_for_asyncio() -> None:
+    pytest.importorskip("aiosqlite")
+    async with AsyncMemoryStore("sqlite+aiosqlite://", background=False) as store:
+        await store.commit(note("Ada likes tea"))
+        assert await all_contents(store) == ["Ada likes tea"]
 
 
 async def all_contents(store: AsyncMemoryStore) -> list[str]:
@@ -298,7 +321,7 @@ async def test_a_task_created_inside_is_refused(store: AsyncMemoryStore) -> None
     async with store.transaction():
         await store.commit(note("kept"))
         for call in (store.commit(note("other")), store.query()):
-            with pytest.raises(MemstateError, match="It belongs to the task that created this one"):
+            with pytest.raises(MemstateError, match="Cannot use a transaction of another task"):
                 await asyncio.create_task(call)
     assert await all_contents(store) == ["kept"]
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -420,6 +421,41 @@ def test_promoted_facts_outlive_their_session(store: MemoryStore) -> None:
     assert store.promote_session("s2") == [other]
     assert store.discard_session("s2") == []
     assert [fact.ephemeral for fact in store.query()] == [False, False, False]
+
+
+def test_ephemeral_fact_needs_a_session(store: MemoryStore) -> None:
+    """No session could promote or discard it. A label of the fact itself is enough."""
+    calls: list[Callable[[], str]] = [
+        lambda: store.commit(note("a"), ephemeral=True),
+        lambda: store.commit(Fact(type="note", payload={}, ephemeral=True), actor="ana"),
+    ]
+    for call in calls:
+        with pytest.raises(MemstateError, match="Cannot commit an ephemeral fact without session_id="):
+            call()
+    assert_holds(store, {})
+    id_ = store.commit(Fact(type="note", payload={}, session_id="s1", ephemeral=True))
+    assert store.discard_session("s1") == [id_]
+
+
+def test_time_without_a_zone_is_refused(store: MemoryStore) -> None:
+    """The message fits each argument that takes a moment."""
+    id_, naive = store.commit(note("a")), datetime(2026, 1, 2)
+    calls: list[Callable[[], Any]] = [
+        lambda: store.search("a", as_of=naive),
+        lambda: store.as_of(id_, naive),
+        lambda: store.diff(naive),
+        lambda: store.rollback(to=naive),
+    ]
+    for call in calls:
+        with pytest.raises(MemstateError, match=r"^The time datetime.datetime\(2026.* has no time zone. Give an aware"):
+            call()
+
+
+def test_misspelt_session_id_is_named(store: MemoryStore) -> None:
+    calls: list[Callable[..., Any]] = [store.revoke, store.rollback, partial(store.search, "tea")]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"has no option 'session'. Did you mean 'session_id'\?"):
+            call(session="t")
 
 
 def test_discard_session_can_be_undone(store: MemoryStore) -> None:

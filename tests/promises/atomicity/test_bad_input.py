@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import Engine, ForeignKey, Text, insert, select
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy import Engine, ForeignKey, Text, insert, make_url, select
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 
 from memstate_sa import (
@@ -24,6 +24,7 @@ from memstate_sa import (
     NotFound,
     ValidationFailed,
 )
+from memstate_sa.db import engines
 from memstate_sa.db.tables import log, outbox, parked
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex
 from memstate_sa.relay import RetryPolicy
@@ -94,7 +95,10 @@ TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
     "an unmapped class": (lambda m: m.track(Plain, text="name"), "Plain'>: it is not a mapped class"),
     "an instance": (lambda m: m.track(Person(), text="about"), "is not a mapped class"),
     "a table": (lambda m: m.track(Person.__table__, text="about"), "is not a mapped class"),
-    "no column": (lambda m: m.track(Person, text="abuot"), "Person has no column attribute 'abuot'; it has about, id"),
+    "no column": (
+        lambda m: m.track(Person, text="abuot"),
+        r"Person has no column attribute 'abuot'\. Choose from: about, id",
+    ),
     "a relationship": (lambda m: m.track(Person, text="notes"), "no column attribute 'notes'"),
     "text of another kind": (lambda m: m.track(Person, text=3), "the text comes from one column or from a function"),
     "no such metadata": (lambda m: m.track(Person, text="about", metadata=("naem",)), "no column attribute 'naem'"),
@@ -585,17 +589,27 @@ def test_collection_of_another_distance_is_refused(tmp_path: Path, sqlite_engine
 SECRET = "s3cr3t"
 
 URLS = {
-    "nobody listens": (f"postgresql://ada:{SECRET}@127.0.0.1:1/db", "Cannot open postgresql.*127.0.0.1"),
+    "nobody listens": (
+        f"postgresql://ada:{SECRET}@127.0.0.1:1/db",
+        "Cannot open postgresql.*127.0.0.1:1/db: .*refused.* Check the URL, and that the server runs",
+    ),
     "in the query": (f"postgresql://ada@127.0.0.1:1/db?password={SECRET}", "Cannot open postgresql.*127.0.0.1"),
     "no port": (f"postgresql://ada:x@127.0.0.1:{SECRET}/db", "not a database URL"),
     "no URL": (SECRET, "not a database URL"),
     "empty": ("", "not a database URL"),
-    "no such dialect": (f"nosql://ada:{SECRET}@host/db", "driver nosql: it is unknown"),
+    "no such dialect": (f"nosql://ada:{SECRET}@host/db", "does not support nosql. It works with PostgreSQL and SQLite"),
     "no such driver": (
         f"postgresql+nope://ada:{SECRET}@host/db",
-        r"driver postgresql\+nope: it is unknown",
+        r"does not know the driver of postgresql\+nope://",
     ),
-    "no such folder": ("sqlite:////nowhere/at/all.db", "Cannot open sqlite:////nowhere"),
+    "another database": (
+        f"mysql://ada:{SECRET}@host/db",
+        "does not support mysql. It works with PostgreSQL and SQLite",
+    ),
+    "no such folder": (
+        "sqlite:////nowhere/at/all.db",
+        "Cannot open sqlite:////nowhere/at/all.db: unable to open database file. Check the path",
+    ),
 }
 
 
@@ -607,6 +621,18 @@ def test_url_that_does_not_connect_is_refused_without_password(kind: str) -> Non
         MemoryStore(url, InMemoryIndex(), embedder=HashEmbedder())
     shown = traceback.format_exception(caught.value)
     assert not [line for line in shown if SECRET in line]
+
+
+def test_missing_database_is_named_in_the_error(postgres_engine: Engine) -> None:
+    with pytest.raises(MemstateError, match=r'database "nowhere" does not exist. Check the URL'):
+        MemoryStore(postgres_engine.url.set(database="nowhere"))
+
+
+def test_reason_of_the_driver_is_one_line_without_control_characters() -> None:
+    failure = engines.connection_failure(
+        make_url("sqlite:///a.db?password=pass"), OperationalError(None, None, Exception("no\x1b[2J pass\nmore"))
+    )
+    assert str(failure) == "Cannot open sqlite:///a.db: no\\u001b[2J …. Check the path, and the rights on its folder."
 
 
 @pytest.mark.parametrize("content", [b"this is no database, but it is long enough to look like one" * 20, None])

@@ -79,9 +79,11 @@ def test_history_and_undo_work(notes: Notes) -> None:
 def test_search_says_that_there_is_no_index(notes: Notes) -> None:
     with notes.sessions() as session:
         for options in ({}, {"index": "other"}, {"as_of": datetime.now(UTC)}):
-            with pytest.raises(MemstateError, match="Cannot search: this Memory has no index"):
+            with pytest.raises(
+                MemstateError, match=r"Cannot search: there is no index\. Give one as index= to Memory or MemoryStore"
+            ):
                 notes.memory.search(session, "tea", Note, **options)
-    with pytest.raises(MemstateError, match="this Memory has no index"):
+    with pytest.raises(MemstateError, match="Cannot embed: there is no index"):
         _ = notes.memory.embedder
 
 
