@@ -9,9 +9,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from memstate_sa.cli.display import Console, cell, counted, fact_name, facts_json, print_json, progress_bar
+from memstate_sa.cli.display import Console, cell, fact_name, facts_json, print_json, progress_bar
 from memstate_sa.cli.opening import open_memory, tracked_classes
 from memstate_sa.cli.options import App, JsonDocument, Url
+from memstate_sa.runtime.display import counted
 
 if TYPE_CHECKING:
     from memstate_sa import Diagnosis, Memory

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from memstate_sa.cli.display import Console, counted, print_changes, print_json
+from memstate_sa.cli.display import Console, print_changes, print_json
 from memstate_sa.cli.errors import fail
 from memstate_sa.cli.opening import load_model, open_memory
 from memstate_sa.cli.options import App, DryRun, JsonLines, OfActor, OfModel, OfSession, Url, Yes
+from memstate_sa.runtime.display import counted
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
