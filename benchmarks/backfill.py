@@ -105,7 +105,7 @@ def in_the_database(new_url: Callable[[], str], count: int) -> float:
 
 
 def backfill(new_url: Callable[[], str], count: int, grown: list[int], *, again: bool = False) -> float:
-    """Rows a second. Adds the growth of the process to *grown*, in kilobytes after the first tenth."""
+    """Rows a second. Add the growth of the process after the first tenth to *grown*, in kilobytes."""
     engine, memory, model = _application(new_url(), count)
     if again:
         memory.backfill(engine, model)
@@ -177,7 +177,7 @@ def backfill_and_relay(contents: Sequence[str], embedder: Embedder) -> float:
         Base.metadata.create_all(engine)
         memory.create_tables(engine)
         courier = memory.relay(engine)
-        courier.drain()  # after this the index is not new, so it gets the keys that the backfill marks
+        courier.drain()  # a new index would be filled from the table instead of the outbox
         with engine.begin() as connection:
             connection.execute(insert(Preference), rows(contents))
         start = perf_counter()

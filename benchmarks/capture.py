@@ -62,7 +62,7 @@ def measure(urls: dict[str, str], count: int, rounds: int) -> Measured:
     measured: Measured = {name: {op: [] for op in OPERATIONS} for name in urls}
     with ExitStack() as stack:
         writers = {name: stack.enter_context(writer(name, url)) for name, url in urls.items()}
-        for commit in writers.values():  # caches, files and prepared statements
+        for commit in writers.values():  # warm up caches, files and prepared statements
             for op in OPERATIONS:
                 commit(op, count)
         for number in track(range(rounds), "commits", console=console, transient=True):

@@ -100,7 +100,7 @@ class Nowhere(InMemoryIndex):
 
 
 def remember(model: type[Any], index: Nowhere) -> Memory:
-    memory = Memory(index, embedder=Constant(), embedding_cache=0)  # without the cost of vectors
+    memory = Memory(index, embedder=Constant(), embedding_cache=0)  # vectors must cost nothing here
     memory.track(model, text="content", metadata=("user_id", "role", "number"))
     return memory
 
@@ -260,11 +260,11 @@ class Tracked:
 
 
 class Delivered(Tracked):
-    """The same, with a relay in the background."""
+    """Commits facts of a tracked model, with a relay in the background."""
 
     def burst(self, transaction: Transaction, times: int) -> float:
         relay = self.memory.relay(self.engine)
-        relay.drain()  # the rest of the previous burst
+        relay.drain()  # deliver the rest of the previous burst
         with relay:
             return super().burst(transaction, times)
 
@@ -275,7 +275,7 @@ class ByHand(Tracked):
     log, outbox, transaction = (metadata.tables[f"memstate_{name}"] for name in ("log", "outbox", "transaction"))
 
     def adopt(self) -> Memory:
-        return remember(define(), Nowhere())  # for another class, and not attached
+        return remember(define(), Nowhere())  # this Memory tracks another class, and is not attached
 
     def commit(self, transaction: Transaction) -> None:
         with self.sessions() as session:
@@ -343,7 +343,7 @@ def commits(database: str, new_url: Callable[[], str], stack: ExitStack, *, quic
             name: partial(writer.burst, transaction, times)
             for name, writer in (("by hand", hand), ("tracked", tracked), ("delivered", delivered))
         }
-        for burst in bursts.values():  # caches and prepared statements
+        for burst in bursts.values():  # warm up caches and prepared statements
             burst()
         measured = interleaved(bursts, rounds)
         by_hand = measured["by hand"]

@@ -134,7 +134,7 @@ def _serve(query: dict[str, Any], host: str | None, port: int | None, pipe: Pipe
 
 
 async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
-    with suppress(ConnectionError):  # when the benchmark ends
+    with suppress(ConnectionError):  # the connection breaks when the benchmark ends
         while data := await reader.read(65536):
             if delay_s:
                 await asyncio.sleep(delay_s)

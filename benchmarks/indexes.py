@@ -88,7 +88,7 @@ def faiss(home: Path, _: URL) -> Iterator[Place]:
 
     def bare(query: Vectors) -> object:
         assert index._points is not None
-        library.omp_set_num_threads(1)  # like ours; on a busy machine, two threads take longer
+        library.omp_set_num_threads(1)  # our index does the same: on a busy machine, two threads take longer
         answer: object = index._points._index.search(query.reshape(1, -1), LIMIT)
         return answer
 
@@ -110,7 +110,7 @@ def pgvector(_: Path, server: URL) -> Iterator[Place]:
         index = PgVectorIndex(engine, "memory")
         connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         cursor = connection.connection.cursor()
-        cursor.execute("SET hnsw.ef_search = 100")  # like ours
+        cursor.execute("SET hnsw.ef_search = 100")  # our index does the same
 
         def bare(query: Vectors) -> object:
             vector = str(query.tolist())
@@ -123,7 +123,7 @@ def pgvector(_: Path, server: URL) -> Iterator[Place]:
                 text(f"CREATE TABLE own (id text PRIMARY KEY, embedding vector({vectors.shape[1]}), metadata jsonb)")
             )
             connection.execute(text("CREATE INDEX ON own USING hnsw (embedding vector_cosine_ops)"))
-            connection.execute(text("CREATE INDEX ON own USING gin (metadata jsonb_path_ops)"))  # like ours
+            connection.execute(text("CREATE INDEX ON own USING gin (metadata jsonb_path_ops)"))  # ours has it
             for batch, part in batches(facts, vectors):
                 with cursor.copy("COPY own FROM STDIN") as copy:
                     for fact, vector in zip(batch, part, strict=True):

@@ -173,7 +173,7 @@ def check(url: str, folder: Path, way: Way) -> Verdict:
 def kill_again_and_again(url: str, folder: Path, way: Way, kills: int, seed: int) -> Verdict:
     """Start an agent on the same database and kill it at a random moment, *kills* times."""
     chance = random.Random(seed)
-    processes = multiprocessing.get_context("forkserver")  # imports the modules only once for all runs
+    processes = multiprocessing.get_context("forkserver")  # this imports the modules only once for all runs
     processes.set_forkserver_preload([__name__])
     for kill in range(kills):
         receiver, sender = processes.Pipe(duplex=False)

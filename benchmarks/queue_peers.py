@@ -150,8 +150,8 @@ async def pgqueuer(url: str, jobs: int, *, driver: str, batch_size: int) -> Pace
     await asyncio.wait_for(handled.all.wait(), LONGEST_S)
     while (await queue.driver.fetch("SELECT count(*) AS jobs FROM pgqueuer"))[0]["jobs"]:  # noqa: ASYNC110  # a table
         await asyncio.sleep(0.01)
-    # It would end by itself, but with psycopg four seconds later, because queries wait for LISTEN. So cancel it, and
-    # ignore its errors.
+    # The worker would end by itself, but with psycopg four seconds later, because queries wait for LISTEN. So cancel
+    # it, and ignore its errors.
     running.cancel()
     await workers.close()
     with suppress(asyncio.CancelledError, Exception):

@@ -85,7 +85,7 @@ def remembered(
 
     def burst() -> float:
         seconds = commit()
-        while memory.status(engine)["memory"].pending:  # so that the next contender has the machine to itself
+        while memory.status(engine)["memory"].pending:  # the next contender needs the machine to itself
             time.sleep(0.005)
         return seconds
 

@@ -182,12 +182,12 @@ class World:
         return self._timed(STEPS)
 
     def rollback_of_neighbours(self) -> float:
-        """The same for neighbouring facts, so that the number of written pages does not depend on the tables' size."""
+        """Milliseconds of ``rollback(1000)`` of neighbouring facts, which are on few pages even of a large table."""
         self.change(STEPS, stride=1, offset=self.facts // 2)
         return self._timed(STEPS)
 
     def rollback_of_a_run(self) -> float:
-        """The same for one session_id, before as many transactions of others."""
+        """Milliseconds of ``rollback(1000)`` of one session_id, after which others made as many transactions."""
         self.change(STEPS, session_id="run")
         self.change(STEPS, offset=1)
         return self._timed(STEPS, session_id="run")
@@ -203,7 +203,7 @@ class World:
         return taken * 1000
 
     def by_hand(self) -> float:
-        """The lower limit: read, update, log and mark rows whose keys are known in advance."""
+        """Milliseconds of the lower limit: read, update and log rows of known keys, and add the keys to the outbox."""
         self.change(STEPS)
         stride = self.facts // STEPS
         preference = self.model.__table__
@@ -236,7 +236,7 @@ class World:
     def embedded_again(self) -> int:
         """The number of texts embedded after a rollback of 1,000 facts whose old content had a vector before.
 
-        A new Memory does it, which knows only the database, as after a restart of the process.
+        A new Memory embeds them. It knows only the database, as after a restart of the process.
         """
         relay = self.memory.relay(self.engine)
         relay.drain(timeout=600)
@@ -333,7 +333,7 @@ def beside_the_peer(home: Path, rounds: int, stack: ExitStack) -> None:
 
 
 Round = Callable[[], tuple[float, float]]
-"""Commits, then undoes the commits. Returns seconds of the rollback, and seconds until the index has followed."""
+"""A function that commits, and undoes the commits. It returns the seconds of the rollback, and of its delivery."""
 
 
 def theirs(home: Path, steps: int, contents: Iterator[str], stack: ExitStack) -> Round:

@@ -115,7 +115,7 @@ CONTENDERS = {
     "memstate_sa": memstate_sa("session"),
     "triggers": memstate_sa("trigger"),
     "history": history,
-    "continuum": continuum("validity"),  # its default
+    "continuum": continuum("validity"),  # this is its default
     "continuum-subquery": continuum("subquery"),
 }
 

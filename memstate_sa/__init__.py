@@ -29,6 +29,7 @@ __all__ = [
     "Embedder",
     "Fact",
     "HistoryMissing",
+    "HistoryOptions",
     "Hit",
     "Hits",
     "Incomplete",

@@ -6,7 +6,7 @@ The tables of the LangGraph integration are imported too, so that `memstate_sa.m
 # ruff: noqa: F401, PLC0414, PLR0402  # each name is imported for others
 import memstate_sa.integrations.langgraph.item_rows
 import memstate_sa.integrations.langgraph.tables
-import memstate_sa.sqlite as sqlite  # `from memstate_sa import sqlite` would ask for this module again
+import memstate_sa.sqlite as sqlite  # `from memstate_sa import sqlite` would import this module again
 from memstate_sa.capture.guard import UntrackedWriteWarning as UntrackedWriteWarning
 from memstate_sa.db.tables import metadata as metadata
 from memstate_sa.embedders import Embedder as Embedder
@@ -32,6 +32,7 @@ from memstate_sa.maintenance.verify import DriftReport as DriftReport
 from memstate_sa.memory import Memory as Memory
 from memstate_sa.options import (
     BackfillOptions as BackfillOptions,
+    HistoryOptions as HistoryOptions,
     Labels as Labels,
     MemoryOptions as MemoryOptions,
     RelayOptions as RelayOptions,

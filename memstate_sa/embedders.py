@@ -25,7 +25,7 @@ class Embedder(Protocol):
     """Turns texts into vectors. Several threads call it.
 
     ``fingerprint`` identifies the model, and every setting that changes its vectors. An index stores it, and refuses
-    another one.
+    an embedder with another one.
 
     A model that embeds queries and documents differently has a second method, ``embed_query(text: str) -> Vector``.
     Searches use it.
@@ -63,7 +63,7 @@ def checked(embedder: Embedder, texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def embed_query(embedder: Embedder, text: str) -> Vector:
-    """The vector of the query *text*. Uses the embedder's own ``embed_query`` if it has one."""
+    """The vector of the query *text*, from ``embedder.embed_query`` if it exists, and otherwise from ``embed``."""
     own = getattr(embedder, "embed_query", None)
     if own is None:
         vector: Vector = checked(embedder, [text])[0]
@@ -129,8 +129,8 @@ class WordLlamaEmbedder:
     def _loaded(self) -> tuple[Any, NDArray[np.float32]]:
         with self._lock:
             if self._model is None:
-                # Read its files directly. Importing wordllama sets the root logger to INFO and adds a handler. Its
-                # embed() pads a batch to the longest text: with one text of 1 MB, a batch of 64 takes 60 GB.
+                # Read the model's files directly. Importing wordllama sets the root logger to INFO and adds a handler.
+                # Its embed() pads a batch to the longest text: with one text of 1 MB, a batch of 64 takes 60 GB.
                 spec = find_spec("wordllama")
                 if spec is None or spec.origin is None:
                     raise MissingExtra("wordllama", "wordllama")

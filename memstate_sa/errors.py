@@ -91,7 +91,7 @@ class MissingExtra(MemstateError, ImportError):
 
 
 def require_module(module: str, extra: str, package: str | None = None) -> Any:
-    """*module*, imported. Raises MissingExtra with the name of *package* when it is not installed.
+    """Import *module* and return it. Raises MissingExtra, which names *package*, when it is not installed.
 
     *package* is by default the first part of the module's name.
     """

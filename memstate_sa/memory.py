@@ -57,7 +57,7 @@ Text: TypeAlias = str | QueryableAttribute[Any] | Callable[[M], str | None] | No
 
 
 class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
-    """Facts in SQL and their meaning in vector indexes. The application's own transactions keep both in step.
+    """Facts in SQL, and their meaning in vector indexes that follow the application's own transactions.
 
     *index*: a `VectorIndex`, which is then named "memory", or several by name. Without an index there is no search, and
     history and undo work as always.
@@ -69,7 +69,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     def __init__(
         self, index: VectorIndex | Mapping[str, VectorIndex] | None = None, **options: Unpack[MemoryOptions]
     ) -> None:
-        require_options("Memory", options, MemoryOptions)
+        require_options(Memory, options, MemoryOptions)
         delivery, embedding_cache = options.get("delivery", "relay"), options.get("embedding_cache", 100_000)
         if delivery not in ("relay", "strict"):
             raise MemstateError(f"Cannot use delivery={delivery!r}. Choose 'relay' or 'strict'.")
@@ -130,7 +130,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         Raises MemstateError for a class that is not mapped, for an unknown column attribute, and for an entity that is
         tracked already.
         """
-        require_options("track", options, TrackOptions)
+        require_options(Memory.track, options, TrackOptions)
         index = options.get("index")
         names = [*self.indexes] if index is None else [index] if isinstance(index, str) else [*index]
         self._open()
@@ -145,7 +145,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         return tracked if model is None else tracked(model)
 
     def attach(self, target: SessionSource) -> None:
-        """Capture the writes of the Sessions that *target* makes. Idempotent.
+        """Capture the writes of the Sessions that *target* makes. A second call changes nothing.
 
         *target*: a sessionmaker, a scoped_session, a Session class with its subclasses, a Session, or their async
         counterparts. An async_sessionmaker gets a sync Session class of its own. Raises TypeError for anything else.
@@ -184,11 +184,18 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     ) -> None:
         """Label the changes of the current (or next) transaction of *session*. The labels end with that transaction.
 
-        A label that is None stays as it was.
+        A label that is None stays as it was. In a step of a LangGraph thread, *session_id* can only be the thread's id:
+        another one raises MemstateError.
         """
         for name, value in (("actor", actor), ("reason", reason), ("session_id", session_id)):
             require_label(name, value)
         transaction = self._transaction(sync_session(session))
+        if session_id is not None and transaction.thread_id not in (None, session_id):
+            raise MemstateError(
+                f"Cannot use session_id={session_id!r} in a step of thread {transaction.thread_id!r}. The log has one "
+                "session_id for all changes of a step: the thread. Label a run with actor=. Give a fact its own "
+                "session by Fact(session_id=…)."
+            )
         transaction.actor = actor if actor is not None else transaction.actor
         transaction.reason = reason if reason is not None else transaction.reason
         transaction.session_id = session_id if session_id is not None else transaction.session_id
@@ -199,8 +206,8 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     def close(self, timeout: float = STOP_TIMEOUT_S) -> None:
         """Stop this Memory's relays and close its indexes.
 
-        It waits *timeout* seconds at most for a running call of an index or embedder. The index of a longer call is
-        closed when the call has ended: see `Relay.stop`.
+        This call waits at most *timeout* seconds for a running call of an index or embedder. The index of a longer call
+        is closed when the call has ended: see `Relay.stop`.
 
         Afterwards, tracked classes, attached Sessions and engines no longer keep this Memory alive. While the
         application keeps it alive, attached Sessions are still captured. Their next use opens this Memory again, and a

@@ -1,6 +1,6 @@
 """The option sets of public methods. Each is declared once, for `Memory`, its async methods and `MemoryStore`.
 
-Every option may be left out. Its comment names the default.
+Every option may be left out. The text below an option names its default.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MemoryOptions(TypedDict, total=False):
     """
 
     embedding_cache: int
-    """How many vectors the application's database keeps (default: 100,000). 0 keeps none.
+    """The number of vectors that the application's database keeps (default: 100,000). 0 keeps none.
 
     A rollback, a repeated text and a new index then cost no embedding.
     """
@@ -90,10 +90,7 @@ class TrackOptions(TypedDict, total=False):
     """Column attributes. No two rows may have the same values in all of them. Default: none."""
 
     immutable: bool | Callable[[Mapping[str, Any]], bool]
-    """Whether a row can be added and deleted, but not changed; or a function that decides by its values.
-
-    Default: False.
-    """
+    """True: rows can be added and deleted, but not changed. A function decides it by a row's values. Default: False."""
 
     on_untracked: Literal["raise", "warn"]
     """The reaction to a write that cannot be captured. Default: "raise"."""
@@ -105,20 +102,20 @@ class TrackOptions(TypedDict, total=False):
     """
 
     expires: str | None
-    """A column attribute of times. `Memory.sweep` deletes the rows whose time is over; relays call it. Default: none.
+    """A column attribute with the time when a row expires. Relays call `Memory.sweep`, which deletes expired rows.
 
-    The column needs a time zone. A Session refuses a naive time in it (ValidationFailed).
+    Default: none. The column needs a time zone. A Session refuses a naive time in it (ValidationFailed).
     """
 
     version: int
     """The number of the class's present shape (default: 1). Add one with each migration that changes its columns."""
 
     upgrade: Mapping[int, Upgrade] | None
-    """Each older version, with a function from its columns to those of the next version. Default: none.
+    """A function for each older version. It turns the columns of that version into the columns of the next version.
 
-    The function gets a dict of values as the driver reads them, by column name. History from before a migration is
-    shown and undone through it. A value that the function passes on stays the driver's value. The ORM converts
-    a value that the function makes, and None is always NULL.
+    Default: none. The function gets a dict of driver-level values, by column name. History from before a migration is
+    shown and undone through the function. A value that it passes on stays a driver-level value. The ORM converts a
+    value that the function makes, and None is always NULL.
     """
 
     text_version: int
@@ -143,13 +140,13 @@ class SearchOptions(TypedDict, total=False):
     """The largest cosine distance of a hit, from 0 (identical) to 2 (opposite). Default: no bound."""
 
     consistency: Literal["fresh", "eventual"]
-    """With "fresh" (the default), changes that are not delivered yet are found too, those of this transaction included.
+    """With "fresh" (the default), undelivered changes are found too, also the changes of this open transaction.
 
     With "eventual", only delivered changes are found, and the search embeds only its query.
     """
 
     index: str | None
-    """The index to search. Default: the first one of the class."""
+    """The index to search. Default: the first index of the class."""
 
     as_of: Moment | None
     """Search the facts as they were at this moment: an aware datetime, or a transaction (``Change.tx``).
@@ -159,29 +156,42 @@ class SearchOptions(TypedDict, total=False):
     """
 
 
+class HistoryOptions(TypedDict, total=False):
+    """The options of `Memory.history`."""
+
+    actor: str | None
+    """Only changes of this actor."""
+
+    session_id: str | None
+    """Only changes with this session_id."""
+
+    limit: int | None
+    """Only the newest changes, at most this number. Default: no bound."""
+
+
 class RelayOptions(TypedDict, total=False):
     """The options of `Memory.relay`. All times are in seconds."""
 
     page_size: int
-    """How many keys are delivered together. Default: 2000."""
+    """The number of keys that are delivered together. Default: 2000."""
 
     lease_s: float
-    """How long other relays wait for a relay that died on another machine. Default: 30.
+    """The time that other relays wait for a relay that died on another machine. Default: 30.
 
     Choose more than the longest call of an index or embedder takes.
     """
 
     poll_s: tuple[float, float] | None
-    """The shortest and the longest wait between two looks at an idle database.
+    """The shortest and the longest wait between two reads of an idle database.
 
     Default: 0.002 to 0.05 on SQLite, 0.05 to 5 on PostgreSQL. A commit in the same process is seen at once.
     """
 
     policy: RetryPolicy | None
-    """When to try again, and how often. Default: ``RetryPolicy()``."""
+    """The delays and the number of attempts after a failure. Default: ``RetryPolicy()``."""
 
     retention: Retention | None
-    """How long to keep the log and the ledger. Default: for ever."""
+    """The time for which the log and the ledger are kept. Default: for ever."""
 
 
 class UndoOptions(TypedDict, total=False):
@@ -228,31 +238,37 @@ class BackfillOptions(TypedDict, total=False):
     """The options of `Memory.backfill`."""
 
     batch_size: int
-    """How many rows one transaction takes. Default: 1000."""
+    """The number of rows in one transaction. Default: 1000."""
 
     rate: float | None
-    """The most rows a second that this call looks at. Default: no bound."""
+    """The greatest number of rows per second that this call checks. Default: no bound."""
 
     limit: int | None
-    """The most rows that this call looks at. 0 only prepares the work. Default: no bound."""
+    """The greatest number of rows that this call checks. 0 only prepares the work. Default: no bound."""
 
     restart: bool | None
-    """True begins again. False does not begin again where all is done. Default: only finished classes begin again."""
+    """True starts all classes again. False starts no finished class again. By default, finished classes do."""
 
     progress: ProgressOption
-    """A function of the rows that all callers have seen, and of the total. True shows a progress bar."""
+    """A function of the number of rows that all callers have checked, and of the total. True shows a progress bar."""
 
 
-def require_options(function: str, options: Mapping[str, object], declared: type, *parameters: str) -> None:
+def require_options(function: Callable[..., object], options: Mapping[str, object], declared: type) -> None:
     """Raise TypeError for an option that is not *declared*, with the name that is closest to it.
 
-    *parameters*: the names of the function's own parameters, which may be the closest too.
+    The message also knows the optional parameters of *function* itself.
     """
-    names = [*declared.__annotations__, *parameters]
     for name in options:
-        if name not in names:
+        if name not in declared.__annotations__:
             from difflib import get_close_matches
 
+            names = [*_optional_parameters(function), *declared.__annotations__]
             close = get_close_matches(name, names, 1)
             hint = f"Did you mean {close[0]!r}?" if close else f"The options are {', '.join(names)}."
-            raise TypeError(f"{function}() has no option {name!r}. {hint}")
+            raise TypeError(f"{function.__name__}() has no option {name!r}. {hint}")
+
+
+def _optional_parameters(function: Callable[..., object]) -> list[str]:
+    from inspect import signature
+
+    return [name for name, parameter in signature(function).parameters.items() if parameter.default != parameter.empty]

@@ -39,11 +39,11 @@ END
 """
 
 # There are three cases for the id of a new entry:
-# 1. The sequence has just numbered it. The id is the last value of the sequence, or this session's last value, as other
-#    sessions may have taken numbers since.
+# 1. The sequence has just numbered the entry. Its id is the last value of the sequence. If other sessions have taken
+#    numbers since, its id is this session's last value.
 # 2. The sequence has numbered no entry yet. Then the log is being restored, and any id is accepted.
-# 3. The id is larger. Then the sequence moves behind it, so that later entries still come after it. Half of all numbers
-#    stay free for them.
+# 3. The id is larger. Then the sequence goes on after this id, so that later entries get larger ids. Ids above
+#    `_LAST_ID` are refused, so that later entries always have free ids.
 # There is no setting for exceptions, because a role that may only add entries could set it too.
 _LAST_ID = 2**62
 _INSERT = f"""
@@ -95,15 +95,15 @@ def _on_sqlite(name: str, moment: str, when: str = "1") -> Trigger:
 
 _TRIGGERS: Mapping[Database, Sequence[Trigger]] = {
     POSTGRESQL: [
-        # Once per statement, because TRUNCATE has no rows.
+        # This trigger runs once per statement, because TRUNCATE has no rows.
         _on_postgresql("memstate_append_only", "UPDATE OR DELETE OR TRUNCATE", "STATEMENT", _CHANGE, definer=False),
-        # It runs as the owner, because a role that may add entries needs no right to read the sequence.
+        # The function has its owner's rights, so that a role that may add entries needs no right to read the sequence.
         _on_postgresql("memstate_append_only_insert", "INSERT", "ROW", _INSERT, definer=True),
     ],
     SQLITE: [
         _on_sqlite("update", "BEFORE UPDATE"),
         _on_sqlite("delete", "BEFORE DELETE"),
-        # REPLACE deletes rows without a DELETE trigger, unless recursive_triggers is on.
+        # When REPLACE deletes a row, no DELETE trigger runs, unless recursive_triggers is on.
         _on_sqlite("insert", "BEFORE INSERT", f"EXISTS (SELECT 1 FROM {log.name} WHERE id = NEW.id)"),
         # The id is known only after the INSERT.
         _on_sqlite("past", "AFTER INSERT", f"EXISTS (SELECT 1 FROM {log.name} WHERE id > NEW.id)"),

@@ -1,4 +1,4 @@
-"""Bulk INSERT, UPDATE and DELETE statements of a Session -> log and outbox. They name a class, or its table."""
+"""`BulkCapture`: logs the changes of a Session's bulk INSERT, UPDATE and DELETE, on a class or on its table."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _REPLACED = (
     "state.statement.where(...) there, or listen before memory.attach()."
 )
 _NO_KEYS = "return_defaults() does not return the keys of all rows. Use returning()."
-_NOT_SUPPORTED = "0A000"  # PostgreSQL's code for RETURNING on a table where a rule acts instead
+_NOT_SUPPORTED = "0A000"  # PostgreSQL's error for RETURNING on a table with an INSTEAD rule
 _KEY_NAME = "memstate_key_{}"
 
 
@@ -60,7 +60,10 @@ class BulkCapture:
         self._guard = guard
 
     def execute(self, state: ORMExecuteState) -> Result[Any] | None:
-        """Run a statement that changes tracked rows, and log it. None: SQLAlchemy runs it, and the guard checks it."""
+        """Run a statement that changes tracked rows, and log its changes.
+
+        Returns None for other statements. Then SQLAlchemy runs the statement, and the guard checks it.
+        """
         if not (state.is_insert or state.is_update or state.is_delete):
             return None
         dml = _dml_of(state.statement)
@@ -70,7 +73,7 @@ class BulkCapture:
         tracked, mapper = target
         require_no_translation(state.execution_options)
         if state.execution_options.get("autoflush", True):
-            state.session._autoflush()  # does nothing during a flush or under no_autoflush
+            state.session._autoflush()  # the call does nothing in a flush or under no_autoflush
         connection = state.session.connection(bind_arguments={"mapper": mapper, **state.bind_arguments})
         transaction = self._transactions.of(state.session)
         require_supported(connection, transaction)
@@ -81,7 +84,7 @@ class BulkCapture:
         return statement.execute()
 
     def _target(self, state: ORMExecuteState, dml: Any) -> tuple[Tracked, Mapper[Any]] | None:
-        """The tracked class whose rows *dml* changes, and its mapper. None when the statement does not tell them."""
+        """The tracked class whose rows *dml* changes, and its mapper. None when no class is captured this way."""
         entity = dml.table._annotations.get("parententity")
         if entity is not None:  # a statement on a class; an ORM subquery in a statement on a table does not count
             mapper = entity.mapper
@@ -101,7 +104,7 @@ class BulkCapture:
         return (tracked, tracked.mapper) if is_whole else None
 
     def _kind(self, state: ORMExecuteState, dml: Any, tracked: Tracked, connection: Connection) -> type[BulkStatement]:
-        """The kind of the statement. Refuses a statement that cannot be logged."""
+        """The class of ours that runs *dml* and logs it. Refuses a statement that cannot be logged."""
         if dml._prefixes:
             self._guard.refuse(connection, dml, _REPLACES)
             return _Unseen
@@ -134,7 +137,7 @@ class BulkStatement:
     transaction: OpenTransaction
 
     def execute(self) -> Result[Any]:
-        """Run the statement. Run it again while it meets rows that the log does not know."""
+        """Run the statement. Repeat it while it changes rows that have no entry in the log."""
         is_taken_back = True
         try:
             for number in range(_ATTEMPTS):
@@ -143,9 +146,9 @@ class BulkStatement:
                     is_taken_back = number > 0
                     return result
             raise ConflictError(
-                f"Cannot log this statement: after {_ATTEMPTS} attempts it still changes unknown rows of "
-                f"{self.tracked.entity}. Others keep committing rows that match: run the transaction again. Or: "
-                f"{_VOLATILE}"
+                f"Cannot log this statement: after {_ATTEMPTS} attempts it still changes rows of "
+                f"{self.tracked.entity} that have no entry. Others may keep committing rows that match: run the "
+                f"transaction again. If this error comes again: {_VOLATILE}"
             )
         finally:
             if is_taken_back:
@@ -166,7 +169,7 @@ class BulkStatement:
         return result
 
     def run(self) -> Result[Any] | None:
-        """Run the statement, and log its changes. None asks for a rollback and another attempt."""
+        """Run the statement, and log its changes. Returns None to ask for a rollback and another attempt."""
         raise NotImplementedError
 
     @property
@@ -194,7 +197,7 @@ class BulkStatement:
         table: Any = self.mapper.local_table
         names = [self.mapper.get_property_by_column(column).key for column in table.primary_key]
         keys = [getattr(self.mapper.class_, name) for name in names]
-        if len(self.mapper.tables) == 1:  # with several tables, SQLAlchemy needs the column itself, not a label
+        if len(self.mapper.tables) == 1:  # SQLAlchemy takes no label() for several tables
             keys = [key.label(_KEY_NAME.format(n)) for n, key in enumerate(keys)]
         result, returned = self.captured(self.invoke(keys), [key.key for key in keys], names)
         return result, [self.columns.raw_key(key) for key in returned]
@@ -207,7 +210,7 @@ class BulkStatement:
         return result, keys
 
     def captured(self, result: Any, names: Sequence[str], key_names: Sequence[str]) -> tuple[Result[Any], list[RawKey]]:
-        """The caller's part of *result*, and the keys: its last columns, with *names*."""
+        """*result* for the caller, without its last columns, and the keys in them. *names* are those of the columns."""
         if getattr(result, "returns_rows", True):
             has_keys = list(result.keys())[-len(names) :] == list(names)
             result = CapturedResult(result, key_names if has_keys else ())
@@ -246,9 +249,9 @@ class _Insert(BulkStatement):
 
 @dataclass
 class _Upsert(BulkStatement):
-    """INSERT … ON CONFLICT. Its rows are known only after it has run, but their old images only before.
+    """INSERT … ON CONFLICT. We know its rows only after it has run, but must read their old images before.
 
-    So it runs twice when its first run may have changed rows that the log has not seen: the suspects.
+    So the statement runs twice if its first run may have changed rows without an entry, the ``suspects``.
     """
 
     suspects: list[RawKey] = field(default_factory=list)
@@ -263,26 +266,26 @@ class _Upsert(BulkStatement):
             if unknown := recorder.unknown(connection, tracked, by_key):
                 self.suspects = [by_key[key] for key in unknown]
                 return None
-        # A key that only the second run has comes from a random default: its row is new.
+        # If only the second run has a key, the key comes from a random default, and its row is new.
         recorder.log(connection, transaction, tracked, with_others(looks, raw_keys))
         return result
 
 
 @dataclass
 class _Change(BulkStatement):
-    """UPDATE and DELETE by a WHERE.
+    """UPDATE or DELETE with a WHERE.
 
-    A look before it reads the rows that match, for their baselines. RETURNING tells which of them it changed.
+    A look reads the matching rows before the statement runs, for their baselines. RETURNING shows the changed rows.
     """
 
     suspects: dict[RawKey, None] = field(default_factory=dict)  # rows that an attempt changed without a look
     returns_keys: bool = True
 
     def run(self) -> Result[Any] | None:
-        """Run the statement, and log its changes. None when it changed rows that had no look: look again.
+        """Run the statement, and log its changes. Returns None when it changed rows that had no look.
 
         There are three causes: others have just committed such rows, another listener changed the statement, or its
-        WHERE is random.
+        WHERE is random. The next attempt looks at these rows too.
         """
         self.refuse_changed_keys()
         matching_keys = self._matching_keys()
@@ -331,8 +334,8 @@ class _Change(BulkStatement):
     def _can_return_keys(self) -> bool:
         dialect, database = self.connection.dialect, database_of(self.connection)
         is_able = dialect.update_returning if self.state.is_update else dialect.delete_returning
-        # With RETURNING, synchronize_session='fetch' adds the key under the name of the first table. All databases
-        # refuse that name in a DELETE of another table. PostgreSQL also refuses it for an alias.
+        # With RETURNING, synchronize_session='fetch' adds key columns that are qualified by the first table's name. All
+        # databases refuse that name in a DELETE from another table. PostgreSQL also refuses it when an alias hides it.
         is_able &= self.state.is_update or unaliased(self.dml.table) == self.tracked.table
         is_able &= database is not POSTGRESQL or not isinstance(self.dml.table, AliasedReturnsRows)
         return self.returns_keys and is_able and not self.dml._return_defaults
@@ -343,8 +346,8 @@ class _Change(BulkStatement):
         return [column.label(_KEY_NAME.format(n)) for n, column in enumerate(raw)]
 
     def _may_look_again(self, others: dict[RawKey, None]) -> bool:
-        """Whether another attempt may succeed, after this one changed *others*. Refuses a random WHERE."""
-        if self.suspects and database_of(self.connection).has_one_writer:  # so no other writer added these rows
+        """Whether to try again, now that this attempt changed *others* without a look. Refuses a random WHERE."""
+        if self.suspects and database_of(self.connection).has_one_writer:  # no other writer can have added these rows
             self.guard.refuse(self.connection, self.dml, _VOLATILE)
             return False
         self.suspects |= others
@@ -356,20 +359,20 @@ class _Change(BulkStatement):
         return CapturedResult(result) if self.dml._returning else result
 
     def _run_counting(self, keys: Sequence[RawKey], before: Sequence[Look]) -> Result[Any] | None:
-        """Run the statement without our RETURNING. None when it changed more rows than *keys* has."""
+        """Run the statement without our RETURNING. Returns None when it changed more rows than *keys* has."""
         result = self._invoke_as_given()
         if not database_of(self.connection).has_one_writer and result.rowcount > len(keys):
             return None
         return self.log_changed(result, keys, before)
 
     def _matching_keys(self) -> list[RawKey] | None:
-        """The keys of the rows that match. None when other facts match than a moment before.
+        """The keys of the rows that match. None when a row matches now whose first row is not locked yet.
 
-        It locks the rows, unless a DELETE can return their keys. PostgreSQL locks rows only for roles that may update
-        them, and a role may have only the right to delete.
+        The rows are locked, unless the statement is a DELETE that can return their keys. PostgreSQL lets a role lock
+        rows only if it may update them, and a role may have only the right to delete.
         """
         table, criteria = self.dml.table, self.dml._where_criteria
-        is_part = unaliased(table) != self.tracked.table  # not "is": the table may be annotated
+        is_part = unaliased(table) != self.tracked.table  # it may be annotated, so "is" fails
         if (criterion := inheritance_criterion(self.mapper)) is not None:
             if is_part:
                 self.guard.refuse(self.connection, self.dml, _SHARES_TABLE)
@@ -380,7 +383,7 @@ class _Change(BulkStatement):
             first_keys = self._read_keys(matching)
             self.lock_first_rows([*first_keys, *self.suspects])
         if self.state.is_update or not self._can_return_keys:
-            # Take the same lock as the statement itself: two locks that both must grow would wait for each other.
+            # Take the lock of the statement itself. Two transactions with weaker locks would wait for each other.
             matching = matching.with_for_update(of=table, key_share=not self.state.is_delete)
         keys = self._read_keys(matching)
         return None if is_part and not set(keys).issubset(first_keys) else keys
@@ -390,7 +393,7 @@ class _Change(BulkStatement):
 
 
 class _ChangeByKeys(_Change):
-    """UPDATE and DELETE by primary key, with several sets of parameters."""
+    """UPDATE or DELETE by primary key, with several sets of parameters."""
 
     def run(self) -> Result[Any]:
         self.refuse_changed_keys()
@@ -399,7 +402,7 @@ class _ChangeByKeys(_Change):
         names = [self.mapper.get_property_by_column(column).key for column in self.mapper.local_table.primary_key]
         parameter_sets: Any = self.state.parameters
         if not all(name in parameters for parameters in parameter_sets for name in names):
-            return self.state.invoke_statement()  # SQLAlchemy names the missing key, or the guard refuses it
+            return self.state.invoke_statement()  # SQLAlchemy's error names the missing key
         keys = list(dict.fromkeys(self.columns.raw_key([params[name] for name in names]) for params in parameter_sets))
         if len(self.tracked.tables) > 1:
             self.lock_first_rows(keys)
@@ -417,7 +420,7 @@ def _dml_of(statement: Any) -> Any:
 
 
 def _returns_star(dml: Any) -> bool:
-    """Whether the statement can return nothing beside its ``*``. This holds for a class, not for a table."""
+    """Whether a RETURNING * keeps the statement from returning keys. This is so on a class, but not on a table."""
     return "parententity" in dml.table._annotations and any(column._is_star for column in dml._returning)
 
 
@@ -444,7 +447,7 @@ def _upserts_key(statement: Any, tracked: Tracked) -> bool:
 
 def _sets_any(statement: Any, columns: Sequence[Any]) -> bool:
     """Whether an UPDATE sets one of *columns*."""
-    ordered = getattr(statement, "_ordered_values", None) or ()  # SQLAlchemy 2.0; in 2.1 they are among the others
+    ordered = getattr(statement, "_ordered_values", None) or ()  # SQLAlchemy 2.1 has all of them in _values
     return _names_any([*(statement._values or ()), *(column for column, _ in ordered)], columns)
 
 

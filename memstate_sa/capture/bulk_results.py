@@ -26,7 +26,7 @@ class CapturedResult(IteratorResult[Any], CursorResult[Any]):  # type: ignore[mi
         rows = [tuple(row) for row in frozen().all()]
         self.keys_returned = [row[width:] for row in rows]
         super().__init__(SimpleResultMetaData(names[:width], extra=columns), iter([row[:width] for row in rows]))
-        cursor_result: Any = getattr(result, "raw", None) or result  # an ORM result is made of it
+        cursor_result: Any = getattr(result, "raw", None) or result  # an ORM result is made from this one
         for name in CursorResult.__slots__:
             setattr(self, name, getattr(cursor_result, name, None))
         self._key_names = key_names

@@ -1,4 +1,4 @@
-"""The tables that triggers capture, as told by a tracked class, a migration or the trigger itself."""
+"""The tables that triggers capture, as described by a tracked class, a migration or the trigger itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Capturable(Protocol):
 
 
 Only = tuple[str, Sequence[Any]]
-"""A discriminator column, and its values (as the driver has them) for one class of single-table inheritance."""
+"""A discriminator column, and its driver-level values for one class of single-table inheritance."""
 
 
 class CapturedTable(NamedTuple):
@@ -61,21 +61,21 @@ def captured_in(table: Table) -> dict[str, CapturedTable]:
 
 
 def restriction(captured: Capturable, dialect: Dialect) -> Only | None:
-    """The criterion of *captured* as data, or None."""
+    """The criterion of *captured* as data, or None if triggers capture the whole table."""
     if captured.criterion is None:
         return None
     column, values = captured.criterion.left, captured.criterion.right.value
     if not isinstance(column, Column):
         raise MemstateError(
-            f"Cannot capture {captured.entity} by triggers: an expression tells its rows in {captured.table.fullname}, "
-            "and a trigger needs a column. Map polymorphic_on to a column."
+            f"Cannot capture {captured.entity} by triggers: its polymorphic_on is an expression, and triggers need a "
+            f"column of {captured.table.fullname}. Map polymorphic_on to a column."
         )
     bind = column.type.dialect_impl(dialect).bind_processor(dialect)
     return str(column.name), list(values if bind is None else map(bind, values))
 
 
 def header(captured: Capturable, dialect: Dialect) -> str:
-    """The first line of a trigger. It records the trigger's parts, so that a downgrade can create it again."""
+    """The first line of a trigger. This comment describes the trigger, so that a downgrade can create it again."""
     parts: dict[str, Any] = {"entity": captured.entity, "version": captured.version}
     parts["only"] = restriction(captured, dialect)
     if captured.excluded:
@@ -84,7 +84,7 @@ def header(captured: Capturable, dialect: Dialect) -> str:
 
 
 def read_header(source: str) -> Mapping[str, Any] | None:
-    """The parts in the `header` of a trigger's *source*. None when the trigger is not ours, or has no header yet."""
+    """The description in a trigger's *source*, as `header` wrote it. None when the trigger has none, or is not ours."""
     line = next((line for line in source.splitlines() if line.startswith(_HEADER)), None)
     return None if line is None else json.loads(line.removeprefix(_HEADER))
 

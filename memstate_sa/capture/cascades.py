@@ -94,7 +94,7 @@ def unseen(registry: Registry, tracked: Tracked, keys: Iterable[ForeignKey]) -> 
 
 
 def _missed(tracked: Tracked, parent: Tracked | None, key: ForeignKey) -> Iterator[tuple[str, str]]:
-    """The actions of *key* that the database does and no unit of work, each with a way to change that."""
+    """The actions of *key* that the database takes instead of the unit of work, each with advice (or '')."""
     relationships = [] if parent is None else list(_relationships(parent.mapper, key))
     for event, action, by_the_database, without in (
         ("DELETE", key.on_delete, "passive_deletes", "without passive_deletes"),

@@ -1,12 +1,12 @@
-"""A flush -> log and outbox.
+"""`FlushCapture`: logs the changes that a flush makes.
 
 A look reads the rows that a flush may change, before the first statement that changes their table. Mapper events note
 the new rows. After the flush the database logs the changes itself (`table_log`), for two reasons:
 
 1. The image has the values that the database computed, rounded or filled in as defaults.
-2. A SAVEPOINT that rolls back takes exactly its own entries with it: the database is the buffer.
+2. When a SAVEPOINT is rolled back, exactly its own entries are rolled back with it.
 
-(Images from attributes, or entries collected until the commit, were wrong in most of our random histories.)
+(Earlier designs made images from attributes, or collected entries until the commit. Both failed in most random tests.)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FlushCapture:
         self._registry = registry
         self._recorder = recorder
         self._transactions = transactions
-        self._flushes: dict[int, Flush] = {}  # by Session.hash_key, which every InstanceState knows
+        self._flushes: dict[int, Flush] = {}  # the key is Session.hash_key, which each state has
         self.mapper_listeners: dict[str, Callable[..., None]] = {
             "after_insert": self._after_insert,
             "before_update": self._before_update,
@@ -63,7 +63,7 @@ class FlushCapture:
                     _validate_instance(tracked, state)
                 if tracked is not None and tracked.expires is not None:
                     _check_expiry(tracked.expires, state)
-        # This comes last: when the event raises, no other event tells that the flush will not happen.
+        # This must come last. If this event raises, the flush does not happen, and no other event reports that.
         transaction = self._transactions.of(session)
         flush = Flush(transaction, context, look=self._look, within=transaction.own_writes)
         transaction.flush, transaction.own_writes = flush, 0
@@ -104,7 +104,7 @@ class FlushCapture:
             self._before_change(mapper, connection, flush, going=True)
 
     def _before_change(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
-        """Lock first rows before the unit of work changes or deletes (*going*) a row of *mapper*."""
+        """Lock the first rows of facts of *mapper*, before the unit of work changes or deletes (*going*) them."""
         if not flush.checked:
             self._before_first_change(connection, flush)
         if flush.parts:
@@ -113,12 +113,12 @@ class FlushCapture:
     def _before_first_change(self, connection: Connection, flush: Flush) -> None:
         """Note the identities of all rows that this flush may update or delete.
 
-        In before_flush, SQLAlchemy does not yet know the orphans, and the children whose parent is deleted.
+        This is too early in before_flush, because SQLAlchemy finds orphans and children of deleted parents only later.
         """
         flush.checked = True
         identities: dict[tuple[Mapper[Any], bool], list[Any]] = {}
         for state, (is_delete, listed_only) in flush.context.states.items():
-            if state.key is not None and (is_delete or not listed_only):  # an insert may take the place of a delete
+            if state.key is not None and (is_delete or not listed_only):  # an insert may reuse a deleted row
                 identities.setdefault((state.mapper, is_delete), []).append(state.key[1])
         by_mapper = {
             mapper: tracked
@@ -134,7 +134,7 @@ class FlushCapture:
                 flush.parts.setdefault((tracked, is_delete), []).extend(keys)
 
     def _look(self, connection: Connection, flush: Flush, table: Table) -> None:
-        """Look at the rows of *table*, just before the first statement that may change them. A flush may send none."""
+        """Look at the rows of *table*, just before the first statement of the flush that may change them."""
         if not flush.checked:
             self._before_first_change(connection, flush)
         for tracked in [tracked for tracked in flush.unseen if table in tracked.tables]:
@@ -143,11 +143,13 @@ class FlushCapture:
             flush.looks[tracked] = self._recorder.look(connection, flush.transaction, tracked, keys)
 
     def _lock_first_rows(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
-        """Lock the first row of each fact of *mapper* that has several tables and that this flush changes or deletes.
+        """Lock the first rows of facts of *mapper*, in several tables, that this flush changes or deletes (*going*).
 
-        Without the lock, others may change another part of the fact, and neither image would show both changes. This
-        runs just before the statements for the class, which begin with the first table. So locks are taken in order.
-        A role that may delete but not update can lock a row only by its DELETE.
+        Without the lock, another transaction may change another part of the same fact at the same time. Neither image
+        would then show both changes. This runs just before the unit of work's statements, which also begin with the
+        first table. So all transactions lock in the same order.
+
+        PostgreSQL lets a role lock rows only if it may update them. If it may only delete, the DELETE locks the rows.
         """
         tracked = self._registry.find(mapper)
         keys = None if tracked is None else flush.parts.pop((tracked, going), None)
@@ -170,7 +172,7 @@ class FlushCapture:
             self._log(connection, flush, tracked, inserted.get(tracked, []), updated.get(tracked, []))
 
     def _require_none(self, inserted: Sequence[Any]) -> None:
-        """Raise if rows were *inserted* by statements that the guard did not see."""
+        """Raise UntrackedWrite if rows were *inserted* by statements that the guard did not see."""
         for tracked in self._by_class(inserted):
             if not tracked.by_trigger:
                 raise UntrackedWrite(

@@ -50,7 +50,7 @@ class Guard:
         Most statements only read, and return at the first check.
         """
         writes: bool = context.isinsert or context.isupdate or context.isdelete
-        # A SELECT may write too: WITH gone AS (DELETE … RETURNING …). Only the compiled statement knows its CTEs.
+        # A SELECT may write too, by a CTE with DELETE … RETURNING. Only the compiled statement knows its CTEs.
         ctes = getattr(context.compiled, "ctes", None)
         has_triggers = bool(self._registry.by_trigger)
         if not (writes or ctes or has_triggers or context.isddl or context.is_text):
@@ -79,7 +79,7 @@ class Guard:
             self.refuse(connection, context.compiled.statement, _IN_AUTOCOMMIT)
 
     def _check_origin(self, connection: Connection, context: Any, transactions: Collection[OpenTransaction]) -> None:
-        """Refuse a write that is neither our own nor the unit of work's for a tracked class."""
+        """Refuse a write, unless it is our own, or the unit of work writes objects of the tracked class."""
         statement = context.compiled.statement
         if any(transaction.own_writes for transaction in transactions):
             if any(transaction.statement_on not in (None, connection) for transaction in transactions):
@@ -112,9 +112,9 @@ class Guard:
         return None if tracked is None or tracked.by_trigger else tracked
 
     def _is_of_base(self, tracked: Tracked, context: Any, flushes: Collection[Flush]) -> bool:
-        """Whether a flush changes objects of a base class, and nothing tells whether they are rows of *tracked*.
+        """Whether a flush changes rows of a base class that may also belong to facts of *tracked*.
 
-        A new row of the base class belongs to no subclass. A discriminator column would tell the class of each row.
+        Only a discriminator column shows the class of an existing row. A new row of the base class has no subclass.
         """
         table = context.compiled.statement.table
         is_of_base = table in tracked.tables[: tracked.base_table_count]
@@ -135,7 +135,7 @@ class Guard:
         if tracked is None:
             return
         statement = getattr(statement, "_resolved", statement)  # the statement of a lambda_stmt()
-        kind = statement.__visit_name__.upper()  # its class may be an annotated copy
+        kind = statement.__visit_name__.upper()  # the statement's class may be an annotated copy
         message = f"{kind} on {table.name} would bypass the log of {tracked.model.__name__}. {way_out}"
         if tracked.on_untracked == "raise":
             raise UntrackedWrite(message)
@@ -145,8 +145,8 @@ class Guard:
 def _running_flush(transaction: OpenTransaction) -> Flush | None:
     """The flush that runs now, if the statement belongs to it.
 
-    The compiled cache does not tell a flush from bulk_*(). But bulk_*() in a flush event have a transaction of their
-    own below that of the flush, and before the flush begins it has none.
+    The compiled cache is the same for a flush and for bulk_*(). But a bulk_*() in a flush event runs in a nested
+    transaction of its own. And until the flush begins, its unit of work has no transaction.
     """
     flush = transaction.flush
     unit = None if flush is None else flush.context

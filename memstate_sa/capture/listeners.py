@@ -58,11 +58,11 @@ class SessionCapture:
         self._guard = Guard(registry, recorder, self._transactions, self._contexts)
         self._flushes = FlushCapture(registry, recorder, self._transactions)
         self._bulk = BulkCapture(registry, recorder, self._transactions, self._guard)
-        # The transactions and the engine of each Session's last commit. An undo is a transaction of its own.
+        # The transactions and the engine of each Session's last commit. Each undo in it counts as a transaction.
         self.committed: WeakKeyDictionary[Session, tuple[Sequence[str], Engine]] = WeakKeyDictionary()
         self._guarded: WeakSet[Engine] = WeakSet()
-        self._stopped: WeakSet[Engine] = WeakSet()  # the engines that `stop` stopped listening to
-        self._watched: WeakSet[Dialect] = WeakSet()  # not engines: those of execution_options() share a dialect
+        self._stopped: WeakSet[Engine] = WeakSet()  # the engines to which `stop` stopped listening
+        self._watched: WeakSet[Dialect] = WeakSet()  # execution_options() makes engines that share one dialect
         self._with_contexts: WeakSet[Engine] = WeakSet()  # engines whose commits and rollbacks end trigger contexts
         self._connected: WeakSet[Engine] = WeakSet()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -71,7 +71,7 @@ class SessionCapture:
         self._turn = 0  # the order in which SessionCaptures were attached
         _remember(self)
         self._checked: Any = None  # the entities whose cascades were checked
-        self._cascades: set[cascades.ForeignKey] = set()  # the foreign keys that had their warning
+        self._cascades: set[cascades.ForeignKey] = set()  # the foreign keys that we have warned about
         self.mapper_listeners = self._flushes.mapper_listeners
         self.session_listeners: dict[str, Callable[..., Any]] = {
             "after_begin": self._after_begin,
@@ -98,7 +98,7 @@ class SessionCapture:
         listening.listen(tracked.model, constructed, self._after_mapper_constructed, propagate=True)
 
     def stop(self) -> None:
-        """Let go of all classes, Sessions and engines, until an attached Session is used again."""
+        """Stop listening to classes, Sessions and engines, until an attached Session is used again."""
         if not self._is_listening:
             return
         self._is_listening = False
@@ -131,12 +131,12 @@ class SessionCapture:
                 self._listen_to_model(tracked)
             for target in list(self._attached):
                 self._listen_to_sessions(target)
-            for engine in list(self._stopped):  # a transaction that began before may be open
+            for engine in list(self._stopped):  # it may have a transaction from before `stop`
                 self.guard(engine)
             self._stopped.clear()
 
     def is_superseded(self, session: Session) -> bool:
-        """Whether a Memory that was attached later captures the same tables of *session*. One log entry is enough."""
+        """Whether a Memory that was attached later captures the same tables of *session*. Then only that one logs."""
         others = (other for reference in _captures if (other := reference()) is not None)
         return any(
             other._turn > self._turn
@@ -152,7 +152,7 @@ class SessionCapture:
 
     def attach(self, target: Any) -> None:
         """Listen to the Sessions of *target*. A second call changes nothing."""
-        factory = getattr(target, "session_factory", target)  # other attributes of a scoped_session make a Session
+        factory = getattr(target, "session_factory", target)  # others of a scoped_session create a Session
         bind = factory.kw.get("bind") if hasattr(factory, "kw") else getattr(factory, "bind", None)
         bind = getattr(bind, "sync_engine", bind)
         if isinstance(bind, Engine):
@@ -259,11 +259,11 @@ class SessionCapture:
 
     @property
     def engines(self) -> Collection[Engine]:
-        """The engines that this listens to."""
+        """The engines to which this object listens."""
         return list(self._guarded)
 
     def guard(self, engine: Engine) -> None:
-        """Listen to the statements of *engine*. Early is better: a statement that runs in another thread may fail."""
+        """Listen to the statements of *engine*. Call it early: a statement that another thread runs then may fail."""
         # Add to the set last: other threads treat membership as "already listening". Listening twice does no harm.
         if engine not in self._guarded:
             missing_tables.explain(engine)
@@ -276,11 +276,11 @@ class SessionCapture:
             self._with_contexts.add(engine)
 
     def _before_commit(self, session: Session) -> None:
-        """Seal the transaction. The commit's own flush comes after this event, and its first entry seals it too.
+        """Seal the transaction. The commit's own flush comes later, and its first entry seals the transaction, too.
 
-        It does not flush if it can avoid that, so that the application's listeners still see the unflushed objects.
+        This listener flushes only if it must. The application's listeners should still see the unflushed objects.
         """
-        if session.in_nested_transaction():  # fires at every SAVEPOINT release too
+        if session.in_nested_transaction():  # the event also comes at each release of a SAVEPOINT
             return
         transaction = self._transactions.of(session)
         transaction.seal = self._seal
@@ -321,7 +321,7 @@ class SessionCapture:
         self._on_commit(transaction.written_on.engine)
 
     def _after_soft_rollback(self, session: Session, previous: SessionTransaction) -> None:
-        """Write the header again. A SAVEPOINT that was rolled back may have taken it and some entries back."""
+        """Write the header again, and forget the keys with new entries: the rollback may have removed all of them."""
         transaction = self._transactions.find(session)
         if transaction is not None:
             transaction.seen.clear()
@@ -382,7 +382,7 @@ class _Waker:
 
     def __call__(self, *arguments: Any) -> Any:
         capture = self._capture()
-        session: Session = getattr(arguments[0], "session", arguments[0])  # an ORMExecuteState has it
+        session: Session = getattr(arguments[0], "session", arguments[0])  # an ORMExecuteState has a Session
         if capture is None or capture.is_superseded(session):
             return None
         capture.resume()

@@ -1,4 +1,4 @@
-"""The statements of `TableLog`: images of rows -> log and outbox, in the database."""
+"""The statements of `TableLog`: the database itself writes images of rows to the log, and keys to the outbox."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ class Kind(NamedTuple):
 
 
 def log_rows(database: Database, rows: Select[Any], kind: Kind, *, returns: bool) -> Any:
-    """Log the changes of *rows*, and on PostgreSQL mark them dirty in the same statement.
+    """A statement that logs the changes of *rows*. On PostgreSQL it also adds their keys to the outbox.
 
-    With *returns*, the statement also returns the new entries. (On SQLite, `reading_logged` does that.)
+    With *returns*, it also returns the new entries. (On SQLite, `reading_logged` does that.)
     """
     changing = _inserted(database, rows) if kind.new else _changed(database, rows, kind)
     # On SQLite the statement must begin with INSERT, or the driver does not count its rows.
     changed: FromClause = changing.cte("changed") if database.has_writing_ctes else changing.subquery("changed")
     entry: list[Any] = [changed.c.key, changed.c.op, typed(changed.c.image, StoredJson), _step]
     shared = [_tx, _at, _version, _entity, statement_snapshot()]
-    order = [func.length(changed.c.key), changed.c.key]  # numeric keys in numeric order
+    order = [func.length(changed.c.key), changed.c.key]  # this puts numeric keys in numeric order
     entries = select(*shared, *entry).order_by(*order)
     if kind.baselines:
         part = _PARTS.alias("part")
@@ -107,7 +107,7 @@ def _slot(key: ColumnElement[str]) -> ColumnElement[int]:
 
 
 def _current(database: Database, rows: Select[Any]) -> FromClause:
-    """The newest of *rows* for each key.
+    """One row for each key, the newest of *rows*.
 
     An old snapshot may show two: a row that others have deleted since, and a row that this transaction inserted.
     """
@@ -125,7 +125,7 @@ def _inserted(database: Database, rows: Select[Any]) -> Select[Any]:
 
 
 def _with_last_entries(database: Database, touched: FromClause) -> tuple[FromClause, FromClause, FromClause]:
-    """The *touched* keys, and the last entry of each if it has one: as the join, the keys and the entries."""
+    """The join of *touched* keys with the last entry of each, if there is one. Then the keys and the entries in it."""
     is_entry = and_(log.c.entity == _entity, log.c.key == touched.c.key)
     if database.has_laterals:  # one index lookup for each key; a plain join may read the whole log
         entries = select(log.c.op, log.c.image).where(is_entry).order_by(log.c.id.desc())
@@ -163,8 +163,8 @@ def _changed(database: Database, rows: Select[Any], kind: Kind) -> Select[Any]:
     became: ColumnElement[Any] = case((is_gone, "delete"), (was_gone, "insert"), else_="update")
     has_changed: ColumnElement[Any] = case((is_gone, ~was_gone), else_=or_(was_gone, differs))
     if not database.has_one_writer:
-        # The key had no row when we looked, so its row is a new one. An old snapshot may hide others' entries of the
-        # key: log the row even if it equals the last entry that the snapshot shows.
+        # The key had no row at the look, so its row is new. An old snapshot may hide entries of others. So log the row
+        # even if it equals the last entry that the snapshot shows.
         is_old_snapshot = func.current_setting("transaction_isolation") != "read committed"
         has_changed = or_(has_changed, and_(known.c.seen == 0, is_old_snapshot))
     if kind.remembered:

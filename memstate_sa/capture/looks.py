@@ -42,7 +42,7 @@ class NoEntry(Exception):  # a signal to `Recorder`, which reports it
 
 
 def with_others(looks: Sequence[Look], keys: Iterable[RawKey]) -> list[Look]:
-    """*looks*, and more for the *keys* that they lack: these had no row."""
+    """*looks*, and further looks for the other *keys*, which had no row."""
     seen = {key for look in looks for key in look.keys}
     others = [key for key in keys if key not in seen]
     return [*looks, *(Look(batch, {}) for batch in batches(others))]

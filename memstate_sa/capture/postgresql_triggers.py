@@ -25,7 +25,8 @@ _TRANSITION_TABLES = {
     "delete": "REFERENCING OLD TABLE AS old_rows ",
     "truncate": "",
 }
-# Without these, PostgreSQL reads a small table, or one without statistics, as a whole. SERIALIZABLE then locks it all.
+# By default, PostgreSQL reads all rows of a table that is small or has no statistics. SERIALIZABLE then locks all of
+# them.
 _BY_INDEX = " SET enable_seqscan = off SET enable_bitmapscan = off"
 _DESCRIBED = {"schema": _SQL.line("schema"), "schema_name": _SQL.line("schema_name"), "parts": _SQL.line("parts")}
 INSTALLED = text(_SQL.line("installed", is_closed=functions.IS_CLOSED))
@@ -33,7 +34,7 @@ _place = text("SELECT {schema}, {schema_name}, {parts} ".format(**_DESCRIBED) + 
 
 
 class Places(NamedTuple):
-    """The schema of a table, as an identifier and as a literal, and the schema of memstate_sa, as an identifier."""
+    """The schema of a tracked table, as an identifier and as a literal, and the schema of our tables."""
 
     its: str
     its_name: str
@@ -41,7 +42,7 @@ class Places(NamedTuple):
 
 
 def triggers(connection: Connection, writer: TableWriter) -> list[Trigger]:
-    """The triggers of a table. Raises MemstateError if they would not see every write."""
+    """The triggers of a table. Raises MemstateError if triggers cannot capture it."""
     return list(build(writer, find_places(connection, writer)))
 
 
@@ -51,7 +52,7 @@ def name_in_catalog(table: Table, dialect: Dialect) -> str:
 
 
 def find_places(connection: Connection, writer: TableWriter) -> Places:
-    """The schemas in the database. Raises MemstateError if triggers would not see every write."""
+    """Find the schemas of the table and of our tables. Raises MemstateError if triggers cannot capture the table."""
     places = [connection.execute(_place, {"name": name}).one_or_none() for name in (writer.table, log.name)]
     if None in places:
         raise MemstateError(
@@ -61,14 +62,14 @@ def find_places(connection: Connection, writer: TableWriter) -> Places:
     (its, its_name, parts), (ours, _, _) = places  # type: ignore[misc]
     if parts:
         raise MemstateError(
-            f"Cannot capture {writer.captured.table.fullname} by triggers: it {parts}, and they would not see writes "
-            "to partitions or children. Track it with capture='session'."
+            f"Cannot capture {writer.captured.table.fullname} by triggers: it {parts}, and triggers do not see "
+            "writes to partitions or children. Track it with capture='session'."
         )
     return Places(its, its_name, ours)
 
 
 def build(writer: TableWriter, places: Places) -> Iterator[Trigger]:
-    """The triggers of a table. The one for TRUNCATE runs before it, while the rows are still there."""
+    """The triggers of a table. The trigger for TRUNCATE runs before the rows are removed, because it logs them."""
     table_name = str(writer.captured.table.name)
     table = f"{places.its}.{writer.quote(table_name)}"
     bodies = _Bodies(writer, table, places.ours).by_event()
@@ -79,7 +80,7 @@ def build(writer: TableWriter, places: Places) -> Iterator[Trigger]:
         context = {setting: functions.transaction_setting(setting, "moment") for setting in ("tx", "step", "skip")}
         parts = {"header": writer.header, "moment": functions.MOMENT, "check": check.rstrip("\n")}
         source = "\n" + _SQL.block("function", body=bodies[event], **parts, **context) + "\n"
-        # It runs as its owner, because a role that may write the table needs no right to write the log.
+        # The function has its owner's rights, so that a role that may write the table needs no right to write the log.
         create_function = functions.creating(f"{places.ours}.{name}", source, "" if event == "truncate" else _BY_INDEX)
         create_trigger = (
             f"CREATE TRIGGER {name} {when} {event.upper()} ON {table} "
@@ -143,7 +144,7 @@ class _Bodies:
     def _body(
         self, touched: str, *, old: str | None = None, new: str | None = None, now: str | None = None, last: str = ""
     ) -> str:
-        """Log the changes of the *touched* rows. Each argument is a SELECT; None stands for no rows.
+        """SQL that logs the changes of the *touched* rows. Each argument is a SELECT, and None stands for no rows.
 
         *old* has the rows before the statement, *new* the keys that it wrote, and *now* the current rows. *last* is the
         last entry of a key, read from the log by default.
@@ -158,7 +159,7 @@ class _Bodies:
 
     def _current_rows(self, *transition_tables: str) -> str:
         """The rows of the table for the keys in *transition_tables*."""
-        keys = ", ".join(f"r.{name}" for name in self._keys)  # with r., as a variable may have the name of a column
+        keys = ", ".join(f"r.{name}" for name in self._keys)  # "r." is needed: a variable may have the same name
         touched = " UNION ".join(_SQL.line("touched_keys", keys=keys, rows=rows) for rows in transition_tables)
         same = " AND ".join(f"i.{name} = k.{name}" for name in self._keys)
         return _SQL.line("current_rows", touched=touched, table=self._table, same=same, **self._now._asdict())

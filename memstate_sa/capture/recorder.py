@@ -1,4 +1,4 @@
-"""Entries -> log, outbox and the table of unique values, on the caller's connection."""
+"""`Recorder`: writes entries to the log, the outbox and the table of unique values, on the caller's connection."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _LOCK_NOT_AVAILABLE = "55P03"
 _SHOWN = 20
 _NO_ENTRY = (
     "The log has lost entries of {}. It was emptied or restored while this process ran. Run the transaction again. "
-    "`memstate-sa doctor` tells whether more is missing."
+    "Then run `memstate-sa doctor` to see if more is missing."
 )
 _NOT_UNIQUE = (
     "%s: the unique_by value of %d rows already belongs to another row. They are older than tracking or unique_by, or "
@@ -61,7 +61,7 @@ class Recorder:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        # By connection pool, because the column types of a database may differ from those of the model.
+        # Each connection pool has its own, because the column types of a database may differ from those of the model.
         self._logs: WeakKeyDictionary[Pool, dict[str, tuple[Tracked, TableColumns, ClassLog]]] = WeakKeyDictionary()
         self._known: WeakKeyDictionary[Pool, KnownKeys] = WeakKeyDictionary()
 
@@ -100,7 +100,7 @@ class Recorder:
     ) -> None:
         """Log *entries* and mark their keys dirty, with at most two INSERTs.
 
-        ``refuse=False`` is for rows that others wrote without us. A duplicate of a unique value is then only a warning.
+        ``refuse=False`` is for rows that others wrote without us. Then a duplicate unique value only causes a warning.
         """
         if not entries:
             return
@@ -114,7 +114,7 @@ class Recorder:
                 (entry.entity, entry.key) for entry in entries if deliver_baselines or entry.op != "baseline"
             )
             outbox.add(connection, entries, dirty, tx, at, self._registry.versions)
-            for entity in sorted({entity for entity, _ in dirty}):  # in a fixed order, because writers wait here
+            for entity in sorted({entity for entity, _ in dirty}):  # the order is fixed, because writers wait here
                 tracked = self._registry.by_entity[entity]
                 if tracked.unique_values is not None:
                     self._write_unique(connection, tracked, entries, refuse=refuse)
@@ -149,7 +149,7 @@ class Recorder:
             _warn_of(tracked, unique_values.give(connection, tracked, values))
 
     def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> tuple[int, int]:
-        """Log and mark dirty the rows of *keys* that the log has not seen, outside of any Session.
+        """Log baselines of the rows of *keys* that have no entry, and mark them dirty. This needs no Session.
 
         Returns the number of baselines, and the number of leading *keys* that are done. To avoid deadlocks, it waits
         only for the first row, and skips other locked rows. While it holds rows it waits only briefly for a unique
@@ -176,7 +176,7 @@ class Recorder:
         first, others = ([decode_key(key) for key in part if key in unknown] for part in (keys[:1], keys[1:]))
         locked_keys = columns.lock(connection, first) | columns.lock(connection, others, skip_locked=True)
         looks = self._log_of(tracked, connection).look(connection, list(map(decode_key, locked_keys)))
-        # While we waited for a lock, its owner may have logged the row.
+        # While we waited for a lock, its holder may have logged the row.
         images = {key: image for look in looks for key, image in look.rows.items()}
         unseen = {key: json.loads(image) for key, image in images.items() if image is not None}
         entries = [LogEntry(tracked.entity, key, "baseline", image) for key, image in unseen.items()]
@@ -243,7 +243,7 @@ class Recorder:
     ) -> int:
         """Log the changes of the rows of *looks*, and *new* rows. Returns the number of changed rows.
 
-        A new row is not compared with the log. The transaction's snapshot may not show others' entries of its key.
+        A new row is not compared with the log, because the transaction's snapshot may hide others' entries of its key.
         """
         require_supported(connection, transaction)
         log = self._log_of(tracked, connection)
@@ -286,7 +286,7 @@ class Recorder:
 
     def remember(self, connection: Connection, transaction: OpenTransaction) -> None:
         """Remember the keys that the committed *transaction* has changed."""
-        if not connection.in_transaction():  # otherwise it is a part of a larger transaction, still open
+        if not connection.in_transaction():  # otherwise a larger transaction around it is still open
             self.known_keys(connection).add(transaction.seen)
 
     def images(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> dict[str, Image]:
@@ -324,7 +324,7 @@ class Recorder:
 
 
 def require_visible(connection: Connection, tracked: Tracked) -> None:
-    """Raise if a row-level security policy may hide the rows that were not found."""
+    """Raise UntrackedWrite if row-level security may hide the rows that were not found."""
     if hidden := hazards.hidden(connection, tracked.tables):
         raise UntrackedWrite(
             f"Cannot log rows of {tracked.entity}: row-level security hides them after they are written. "

@@ -1,6 +1,6 @@
 """The SQL that writes a row's image as tagged JSON, and its canonical key. Triggers and `TableLog` use it.
 
-It gives the same text as `TableColumns` and `codec` give in Python.
+The text is the same as `TableColumns` and `codec` make in Python.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _tagged(tag: str, value: str) -> str:
 
 
 def _iso(value: str, format_: str) -> str:
-    """The same text as Python's isoformat(), which writes microseconds only when they are not zero."""
+    """SQL for the same text as Python's isoformat(), which writes microseconds only when they are not zero."""
     return (
         f"to_char({value}, '{format_}') || CASE WHEN date_trunc('second', {value}) = {value} THEN '' "
         f"ELSE to_char({value}, '.US') END"
@@ -63,7 +63,7 @@ def _interval(_: Any, value: str) -> str:
 _POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {
     sqltypes.Boolean: lambda _, value: f"{value}::text",
     sqltypes.Integer: lambda _, value: f"{value}::text",
-    sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),  # before Numeric, its base class
+    sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),  # Numeric is its base class
     sqltypes.Numeric: lambda _, value: _tagged("$decimal", f"{value}::text"),
     sqltypes.String: lambda _, value: f"to_json({value})::text",
     sqltypes.Uuid: _uuid,
@@ -90,7 +90,7 @@ _STORED_AS: Mapping[type, Collection[str]] = {
 
 
 def stored_as(type_: Any) -> Collection[str]:
-    """The names of PostgreSQL's types for which the SQL of *type_* is right. Empty when any type is.
+    """The names of the PostgreSQL types for which the SQL of *type_* works. Empty when it works for all.
 
     A column may have another type in the database than in the model, for example when a migration is missing.
     """
@@ -214,7 +214,7 @@ class TableWriter:
         return as_sent(self.dialect.identifier_preparer.quote(name), self.dialect)
 
     def row(self, alias: str, *, old: bool = False) -> RowImage:
-        """The expressions for the row *alias*. *old*: it is in a transition table, which has no virtual columns."""
+        """The expressions for the row *alias*. *old*: the row is in a transition table, without virtual columns."""
         criterion = _TRUE[self._columns.database]
         if self.captured.criterion is not None:
             adapted = ClauseAdapter(self.captured.table.alias(alias)).traverse(self.captured.criterion)
@@ -228,7 +228,7 @@ class TableWriter:
         return f"'[' || {key} || ']'"
 
     def fields(self, alias: str, *, prefix: str = "", old: bool = False) -> str:
-        """The members of the JSON object that is the image, each with *prefix* before its name."""
+        """SQL for the members of the image as a JSON object. Each name begins with *prefix*."""
         return _concatenated(
             [
                 f"{literal(to_json(prefix + column.name) + ':')} || coalesce({self._json(alias, column)}, 'null')"
@@ -247,11 +247,11 @@ class TableWriter:
         good, is_typed = isinstance(kind, _KEYS), not self._columns.database.has_dynamic_types
         if isinstance(kind, sqltypes.Float):
             good = False
-        elif isinstance(kind, sqltypes.Numeric):  # SQLite keeps it as a float, and Python writes 1E-7
+        elif isinstance(kind, sqltypes.Numeric):  # SQLite keeps a float, which Python may write as 1E-7
             good = is_typed and kind.scale is not None and kind.scale <= 6
         elif isinstance(kind, sqltypes.Time):
             good = not kind.timezone
-        elif isinstance(kind, sqltypes.String):  # with another collation, two keys in SQLite may be the same row
+        elif isinstance(kind, sqltypes.String):  # another collation may equate two keys on SQLite
             good = is_typed or kind.collation in (None, "BINARY")
         if not good:
             raise MemstateError(

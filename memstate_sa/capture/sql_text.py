@@ -14,7 +14,7 @@ _FOR_READERS = "---"
 
 
 class Templates:
-    """The templates of one file, by name. Values for their places must be SQL already."""
+    """The templates of one file, by name. The values of their placeholders must be SQL already."""
 
     def __init__(self, source: str) -> None:
         self._by_name: dict[str, list[str]] = {}

@@ -24,7 +24,7 @@ def build(writer: TableWriter) -> Iterator[Trigger]:
     columns = [writer.quote(column.name) for column in writer.logged_columns]
     names = [writer.quote(column.name) for column in writer.keys]
     bodies = {
-        # REPLACE deletes rows without a DELETE trigger, unless recursive_triggers is on.
+        # When REPLACE deletes a row, no DELETE trigger runs, unless recursive_triggers is on.
         ("before", "insert"): ("", body.baseline(row, f"FROM {writer.table} AS r WHERE {body.same_key('NEW')} AND")),
         ("after", "insert"): ("", body.settle("NEW")),
         ("after", "update"): (

@@ -163,7 +163,7 @@ _types = text(
 def _is_stored_as_declared(connection: Connection, columns: TableColumns) -> bool:
     """Whether the columns have the types that the SQL of an image expects."""
     if columns.database.has_dynamic_types:
-        return True  # the SQL looks at each value's own type
+        return True  # the SQL tests each value's own type
     name = as_sent(connection.dialect.identifier_preparer.format_table(columns.table), connection.dialect)
     stored: dict[str, str] = {row[0]: row[1] for row in connection.execute(_types, {"name": name})}
     declared = {name: stored_as(columns.implementation(column)) for name, column in columns.by_name.items()}

@@ -57,6 +57,7 @@ class OpenTransaction:
     actor: str | None = None
     reason: str | None = None
     session_id: str | None = None
+    thread_id: str | None = None  # the thread of a graph; `session_id` must stay equal to it
     step: bool = True  # whether undo counts this transaction
     status: Status = Status.OPEN
     flush: Flush | None = None
@@ -64,11 +65,11 @@ class OpenTransaction:
     seal: Callable[[OpenTransaction], None] | None = None  # set once its commit has begun
     has_header: bool = False  # its labels are written, and survive until the whole transaction is rolled back
     has_intents: bool = False  # an index may hold uncommitted points
-    txs: dict[str, None] = field(default_factory=dict)  # it logged under these, undos included, in order
-    seen: dict[KnownKey, str] = field(default_factory=dict)  # keys with entries: remember them after the commit
+    txs: dict[str, None] = field(default_factory=dict)  # the `tx` values of its entries, undos included, in order
+    seen: dict[KnownKey, str] = field(default_factory=dict)  # keys with entries, for `Recorder.remember`
     connections: WeakSet[Connection] = field(default_factory=WeakSet)
     trigger_connections: WeakSet[Connection] = field(default_factory=WeakSet)  # to databases with our triggers
-    context_on: _WeakReference = _WeakReference()  # the Connection whose trigger context names it, or named it
+    context_on: _WeakReference = _WeakReference()  # the Connection whose trigger context names it, or has named it
     written_on: _WeakReference = _WeakReference()  # the Connection where its entries are logged
     statement_on: _WeakReference = _WeakReference()  # the Connection of a running bulk statement whose rows are logged
 
@@ -96,16 +97,16 @@ class OpenTransaction:
             self.seal(self)
 
     @property
-    def mark(self) -> tuple[Status, Connection | None, dict[str, None]]:
+    def log_state(self) -> tuple[Status, Connection | None, dict[str, None]]:
         """The state to hand to `back_to` when later entries are rolled back."""
         return self.status, self.written_on, dict(self.txs)
 
-    def back_to(self, mark: tuple[Status, Connection | None, dict[str, None]]) -> None:
-        self.status, self.written_on, self.txs = mark
+    def back_to(self, state: tuple[Status, Connection | None, dict[str, None]]) -> None:
+        self.status, self.written_on, self.txs = state
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Mark the statements in this block as ours, so that the guard lets them pass."""
+        """Let the guard pass the statements in this block, because they are our own."""
         self.own_writes += 1
         try:
             yield
@@ -162,7 +163,7 @@ class OpenTransactions:
         return [transaction for reference in references if (transaction := reference()) is not None]
 
     def add_connection(self, transaction: OpenTransaction, connection: Connection) -> bool:
-        """Note that *transaction* uses *connection*, which several Sessions may share. False if this is known."""
+        """Note that *transaction* uses *connection*, which Sessions may share. Returns False if this was known."""
         if connection in transaction.connections:
             return False
         transaction.connections.add(connection)

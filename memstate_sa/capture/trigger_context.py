@@ -1,7 +1,7 @@
 """The trigger context tells triggers which transaction writes.
 
-A Session sets it, so that its actor, reason and session_id also label the entries of triggers. On PostgreSQL it is in
-settings of the transaction. On SQLite it is in a table, which is empty outside of a transaction.
+A Session sets the context, so that its actor, reason and session_id also label the entries of triggers. PostgreSQL has
+the context in settings of the transaction. SQLite has it in a table, which is empty outside of a transaction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import log, trigger_context
 
 SKIP = "skip {}"
-"""The name in the context for a fact (entity and key) that triggers leave to an undo."""
+"""The name of a row in the context. It makes triggers skip a fact (entity and key) that an undo logs."""
 
 _READS = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "SHOW", "SET")
 _DEFINES = ("CREATE", "ALTER", "DROP")
@@ -40,12 +40,12 @@ _logged: Mapping[Database, Executable] = {
 
 
 def may_write(statement: str) -> bool:
-    """Whether *statement* may write, judged by its first word. A SELECT counts as a read, even if it calls a writer."""
+    """Whether *statement* may write, judged by its first word. Every SELECT counts as a read."""
     return not statement.lstrip()[:9].upper().startswith((*_READS, *_DEFINES))
 
 
 def set_trigger_context(connection: Connection, tx: str, *, counts: bool = True) -> None:
-    """Make triggers log under the transaction *tx* from now on. *counts*: undo counts it as a step."""
+    """Make triggers log under the transaction *tx* from now on. *counts*: whether undo counts it as a step."""
     off = "off" if database_of(connection).has_transaction_settings else "0"
     _set(connection, {"tx": tx} if counts else {"tx": tx, "step": off})
 
@@ -54,7 +54,7 @@ def set_undo_context(connection: Connection, tx: str, facts: Collection[tuple[st
     """Make triggers log under the undo *tx*, which is no step. They leave out *facts*, which the undo logs itself."""
     names = [SKIP.format("".join(fact)) for fact in facts]
     if database_of(connection).has_transaction_settings:
-        # As rows, because a list in a setting would be read again for every restored row.
+        # The facts are rows, because triggers would read a list in a setting again for every restored row.
         connection.execute(insert(trigger_context).from_select(["name"], _names), {"names": as_array(names)})
         _set(connection, {"tx": tx, "step": "off", "skip": "on"})
     else:
@@ -85,7 +85,7 @@ class TriggerContexts:
     """The trigger contexts that the Sessions of one Memory have set on their connections."""
 
     def __init__(self) -> None:
-        # The tx by connection, or "" when a SAVEPOINT may have taken the context back.
+        # The tx by connection, or "" when the rollback of a SAVEPOINT may have removed the context.
         self._txs: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()
         self.engine_listeners: dict[str, Callable[..., None]] = {
             "commit": self._before_connection_commits,
@@ -109,9 +109,9 @@ class TriggerContexts:
 
     @contextmanager
     def undoing(self, connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> Iterator[None]:
-        """Make triggers leave *facts* to the undo *tx* in this block, and log all other changes under that *tx*.
+        """Make triggers skip *facts* in this block, and log all other changes under the undo *tx*.
 
-        A SAVEPOINT that rolls back ends this too.
+        If a SAVEPOINT around the block rolls back, this ends too.
         """
         self._txs[connection] = tx
         set_undo_context(connection, tx, facts)
@@ -120,13 +120,13 @@ class TriggerContexts:
         self._txs[connection] = ""
 
     def _before_connection_commits(self, connection: Connection) -> None:
-        """Clear the context before any COMMIT: on SQLite, other connections would read it."""
+        """On SQLite, clear the context before a COMMIT. Otherwise other connections would read it."""
         is_named = self._txs.pop(connection, None) is not None
         if is_named and not database_of(connection).has_transaction_settings:
             clear_trigger_context(connection)
 
     def _after_savepoint_rollback(self, connection: Connection, *_: Any) -> None:
-        """Forget the context: it is gone if it was set within the SAVEPOINT."""
+        """Set the context again before the next write. If the SAVEPOINT set the context, the rollback removed it."""
         if connection in self._txs:
             self._txs[connection] = ""
 

@@ -50,7 +50,7 @@ def install(connection: Connection, captured: Capturable) -> None:
 
 
 def uninstall(connection: Connection, captured: Capturable) -> None:
-    """Drop the triggers of *captured*, if any. Sessions log it now, and each change must be logged once."""
+    """Drop the triggers of *captured*, if any. Call it when Sessions log the class: each change must be logged once."""
     if captured.entity in entities_of(connection, captured.table):
         run(connection, dropping(captured, connection.dialect))
 

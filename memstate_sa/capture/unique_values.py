@@ -1,6 +1,7 @@
-"""The table of unique values: its differences from the rows, and how to mend them.
+"""The table of unique values: its differences from the rows, and their repair.
 
-A flush keeps it in step for the rows that it writes. Older rows are missing there when ``unique_by`` is new or changed.
+A flush updates the table for the rows that it writes. Values of older rows are missing when ``unique_by`` is new or
+changed.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from memstate_sa.tracking.tracked import Tracked, unique_value
 class Differences(NamedTuple):
     """The differences between rows and the table of unique values.
 
-    - ``missing``: values of rows, by key, that the table lacks.
-    - ``stale``: pairs (value, key) in the table that no row has any more.
-    - ``shared``: keys of rows whose value the table has for another row.
+    - ``missing``: the values that rows have and the table lacks, by the key of the row.
+    - ``stale``: pairs (value, key) in the table, where the row is gone or has another value now.
+    - ``shared``: the keys of rows that have the same value as another row, to which the table gives the value.
     """
 
     missing: dict[str, str]
@@ -60,7 +61,7 @@ def differences(connection: Connection, tracked: Tracked, images: Mapping[str, I
 
 
 def _is_stale(tracked: Tracked, value: str, now: str | None, *, is_living: bool) -> bool:
-    """Whether *value* no longer fits its row. When a function gives no value for the row now, the old one stays."""
+    """Whether *value* no longer fits its row. If a function makes the value, and makes none now, the old one stays."""
     if now is None and is_living:
         return bool(tracked.unique_names)
     return now != value
@@ -109,7 +110,7 @@ _page = (
 def of_no_row(
     connection: Connection, tracked: Tracked, after: tuple[str, str]
 ) -> tuple[list[tuple[str, str]], tuple[str, str] | None]:
-    """The pairs (value, key) of deleted rows in a page of the table, and the pair to continue *after*."""
+    """The pairs (value, key) of deleted rows in the next part of the table, and the pair to continue *after*."""
     parameters = {"entity": tracked.entity, "value": after[0], "key": after[1]}
     page: Sequence[tuple[Any, Any]] = [(value, key) for value, key in connection.execute(_page, parameters)]
     images = tracked.columns_for(connection.dialect).read(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
@@ -90,5 +91,18 @@ def _paragraph(change: Change) -> Iterator[str]:
     labels = (f"by {author}" if author else "", f"({change.reason})" if change.reason else "")
     if any(labels):
         yield cell(f"  {' '.join(filter(None, labels))}")
-    for name, text in value_texts(change, shown):
+    for name, text in value_texts(_readable(change), shown):
         yield cell(f"  {name}: {text}")
+
+
+def _readable(change: Change) -> Change:
+    """*change*, with the namespace that the column of a LangGraph item holds in hex."""
+    if change.entity != "memstate_item":
+        return change
+    from memstate_sa.integrations.langgraph.item_rows import namespace_of
+
+    before, after = (
+        image and {name: namespace_of(value) if name == "scope" else value for name, value in image.items()}
+        for image in (change.before, change.after)
+    )
+    return replace(change, before=before, after=after)

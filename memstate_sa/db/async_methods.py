@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from functools import partial, wraps
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from types import MethodType
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from memstate_sa.db.sessions import AwaitedSession, SyncSession, in_scope
 from memstate_sa.errors import MemstateError
@@ -17,11 +18,22 @@ class AsyncMethod(Generic[P, R]):
     """A method that awaits *method* in `AsyncSession.run_sync`. It takes the same arguments."""
 
     def __init__(self, method: Callable[Concatenate[Any, SyncSession, P], R]) -> None:
-        self._method = method
         self.__doc__ = f"`{method.__name__}` for an AsyncSession.\n\n{method.__doc__}"
 
+        @wraps(method)
+        async def awaited(instance: Any, session: AwaitedSession, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            run: Callable[..., R] = partial(method, instance)
+            result: R = await awaited_session(session, method.__name__).run_sync(run, *args, **kwargs)
+            return result
+
+        awaited.__name__, awaited.__doc__ = f"a{method.__name__}", self.__doc__
+        awaited.__qualname__ = f"{method.__qualname__.removesuffix(method.__name__)}{awaited.__name__}"
+        self._awaited = awaited
+
     @overload
-    def __get__(self, instance: None, owner: type) -> Self: ...
+    def __get__(
+        self, instance: None, owner: type
+    ) -> Callable[Concatenate[Any, AwaitedSession, P], Coroutine[Any, Any, R]]: ...
 
     @overload
     def __get__(
@@ -29,18 +41,7 @@ class AsyncMethod(Generic[P, R]):
     ) -> Callable[Concatenate[AwaitedSession, P], Coroutine[Any, Any, R]]: ...
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        if instance is None:
-            return self
-        method = self._method
-
-        @wraps(method)
-        async def awaited(session: AwaitedSession, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            run: Callable[..., R] = partial(method, instance)
-            result: R = await awaited_session(session, method.__name__).run_sync(run, *args, **kwargs)
-            return result
-
-        awaited.__name__, awaited.__doc__ = f"a{method.__name__}", self.__doc__
-        return awaited
+        return self._awaited if instance is None else MethodType(self._awaited, instance)
 
 
 def awaited_session(session: Any, method: str) -> Any:

@@ -18,7 +18,7 @@ def creating(engine: Engine) -> Iterator[Connection]:
     """A transaction during which no other process creates our tables."""
     database = database_of(engine)
     with engine.connect() as connection:
-        # Not the engine's own level: this must see the tables of another process, and be undone as a whole.
+        # The engine's own level will not do: we must see the tables of another process, and must not be in AUTOCOMMIT.
         connection.execution_options(**database.isolation("READ COMMITTED"))
         with connection.begin():
             database.lock_creation(connection)
@@ -41,7 +41,7 @@ def create(
         return
     alone = not is_whole or not database.has_one_writer
     with creating(engine) if alone else engine.begin() as connection:
-        if not is_whole:  # look again: another process may have created some before we got the lock
+        if not is_whole:  # another process may have created some before we got the lock
             for name in old_names(inspect(connection).get_table_names(), tables):
                 database.rename_table(connection, name, RENAMED[name])
             names = inspect(connection).get_table_names()

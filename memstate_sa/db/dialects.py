@@ -1,7 +1,7 @@
 """The databases that memstate_sa works with. Only this module reads the name of a dialect.
 
 A small difference is a method of `Database`. A caller whose algorithm depends on the database checks a capability.
-A module of a higher folder keeps its own differences in a mapping by `POSTGRESQL` and `SQLITE`.
+A module in a higher layer keeps its own differences in a mapping by `POSTGRESQL` and `SQLITE`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memstate_sa.errors import MemstateError
 
 
 class Database(Protocol):
-    """The differences between databases. There is one object of each, so a statement can be cached by it."""
+    """The differences between databases. Each database has one object, which can be the key of a cache."""
 
     def __hash__(self) -> int: ...
 
@@ -74,7 +74,7 @@ class Database(Protocol):
         """Make the server end this transaction when its process stops, and limit its waits for locks."""
 
     def cluster(self, connection: Connection) -> str | None:
-        """The cluster and timeline to which transaction ids belong. None when the database does not tell them."""
+        """The cluster and timeline to which transaction ids belong. None when the role may not ask for them."""
 
     # -- tables --------------------------------------------------------------------------------------------------------
 

@@ -75,8 +75,8 @@ def with_separate_pool(engine: Engine) -> Engine:
     Use it when a thread may hold a connection while it needs a second one. With one pool, such threads could wait for
     each other forever.
     """
-    if engine.dialect.server_version_info is None:
-        # The engine's first connection reads the server's version. A connection of another pool would not wait for it.
+    if getattr(engine.dialect, "default_isolation_level", None) is None:
+        # The engine's first connection reads the server's settings. A connection of another pool would not wait for it.
         engine.connect().close()
     with _making:
         separate: Engine | None = getattr(engine, _ATTRIBUTE, None)
@@ -108,13 +108,13 @@ def blocking_engine(url: URL, **options: Any) -> Engine:
 
 
 def engine_of(url: str | URL) -> Engine:
-    """An engine for threads on *url* as users write it. Raises MemstateError.
+    """An engine for threads on *url* as users write it. Raises MemstateError if *url* is invalid or not supported.
 
     ``postgresql://…`` and ``postgres://…`` take psycopg. A driver for asyncio is replaced by one for threads.
     """
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # not chained: the text of a ValueError may quote a part of the password
+    except (ArgumentError, ValueError):  # its text may quote a part of the password
         raise MemstateError(f"This is not a database URL. {URL_EXAMPLES}") from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
@@ -155,7 +155,7 @@ def shown_url(url: URL) -> str:
 
 
 def is_same_database(one: Engine, other: Engine) -> bool:
-    """Whether the engines are on the same database, with any drivers. On SQLite one would wait for the other."""
+    """Whether two engines use the same database, with any drivers. On SQLite, one would wait for the other."""
     return one is other or one.url.set(drivername=_kind(one)) == other.url.set(drivername=_kind(other))
 
 

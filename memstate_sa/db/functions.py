@@ -45,7 +45,7 @@ def check(schema: str, table: str, event: str, when: str) -> str:
 
 
 def creating(name: str, source: str, settings: str = "", *, definer: bool = True) -> tuple[str, str]:
-    """Statements that create the trigger function *name*, and take the right to attach it from other roles."""
+    """Statements that create the trigger function *name*, and forbid other roles to attach it."""
     security = f"{'SECURITY DEFINER ' if definer else ''}SET search_path = {SEARCH_PATH}{settings}"
     return (
         f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql {security} AS {dollar_quoted(source)}",
@@ -129,7 +129,7 @@ def open_functions(connection: Connection) -> Sequence[str]:
 
 
 def close(connection: Connection) -> None:
-    """Add the check to `open_functions`, and take the right to attach them from others. Drop unused ones."""
+    """Close the `open_functions`: add the check, and forbid others to attach them. Drop unused ones."""
     if open_functions(connection):
         statement = _CLOSE.replace("{check}", _as_format())
         connection.exec_driver_sql(statement, execution_options={"no_parameters": True})

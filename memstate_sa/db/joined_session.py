@@ -22,6 +22,8 @@ class _SessionBlock:
     memory: object
     engine: Engine
     session: Session
+    refusal: str | None
+    """The error for calls with another Memory. None: they do not join, and work as without this block."""
     task: object
     """The asyncio.Task that began it. None: the thread began it outside of any task."""
 
@@ -35,26 +37,33 @@ _thread = _ThreadBlocks()
 
 
 @contextmanager
-def use_session(memory: object, engine: Engine, session: Session) -> Iterator[None]:
-    """Make this thread's calls on *memory* in *engine*'s database join *session*. See `current_session`."""
-    block, blocks = _SessionBlock(memory, engine, session, _task()), _thread.blocks
+def use_session(memory: object, engine: Engine, session: Session, *, refusal: str | None = None) -> Iterator[None]:
+    """Make this thread's calls on *memory* in *engine*'s database join *session*. See `current_session`.
+
+    With *refusal*, calls with another Memory in that database raise MemstateError with this text.
+    """
+    block, blocks = _SessionBlock(memory, engine, session, refusal, _task()), _thread.blocks
     blocks.append(block)
     try:
         yield
     finally:
-        blocks.remove(block)  # it may not be the last, and another thread may run this
+        blocks.remove(block)  # it may not be the last one, and another thread may run this line
 
 
 def current_session(memory: object, engine: Engine) -> Session | None:
     """The Session that this thread joined last with *memory* in *engine*'s database, or None.
 
+    Raises MemstateError when it belongs to another Memory, and refuses this one.
+
     Raises MemstateError when another asyncio task joined it. Writes in that Session could be rolled back by the other
     task. A Session of our own could wait for the other task while it blocks the event loop.
     """
-    newest_first = reversed(_thread.blocks)
-    block = next((b for b in newest_first if b.memory is memory and is_same_database(b.engine, engine)), None)
+    blocks = (b for b in reversed(_thread.blocks) if b.memory is memory or b.refusal is not None)
+    block = next((b for b in blocks if is_same_database(b.engine, engine)), None)
     if block is None:
         return None
+    if block.memory is not memory:
+        raise MemstateError(block.refusal)
     if block.task is not None and block.task is not _task():
         raise MemstateError(
             "Cannot join this thread's transaction: it belongs to another asyncio task. Await its end, or call this in "

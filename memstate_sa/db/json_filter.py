@@ -1,4 +1,4 @@
-"""Conditions on a JSON document, as SQL with bound values. They follow JSON's types, and both databases agree."""
+"""Conditions on a JSON document, as SQL with bound values. They compare by JSON's types, alike on both databases."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def matches(database: Database, document: Any, filter_: Mapping[str, Any]) -> Co
     The condition on a member depends on the value in the filter:
 
     - A scalar: the member equals it.
-    - An object: the member is an object, and these members of it satisfy it. It may have more.
-    - A list: the member is a list of the same length, and its items satisfy these.
+    - An object: the member is an object, and satisfies this object as a filter. It may have more members.
+    - A list: the member is a list of the same length, and each of its items satisfies the item of this list.
     - None: the member is null or missing.
     - An object of operators (``$eq $ne $gt $gte $lt $lte``): ``$eq`` and ``$ne`` compare the whole value. The others
       compare numbers with numbers, and strings with strings by code points. Any other member does not match.
@@ -56,7 +56,7 @@ def member_equals(
 ) -> ColumnElement[bool]:
     """SQL for "the member *name* is this JSON value", of the same JSON type.
 
-    None also selects documents without the member. On PostgreSQL an index on the documents can serve it.
+    None also selects documents without the member. On PostgreSQL, an index on the documents can serve the condition.
     """
     if database is not POSTGRESQL:
         return _member(_JSON[database], document, name, value)

@@ -1,7 +1,7 @@
 """Any number of keys or rows in one bound parameter: a JSON array, which the database takes apart.
 
-In the layers above the driver this costs a tenth of an executemany. It needs one round trip, and the statement's text
-does not depend on the number, so that statement caches work.
+In the layers above the driver, such a parameter costs a tenth of an executemany, and it needs one round trip. The text
+of the statement is the same for any number of keys, so statement caches work.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _element_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 
 
 class typed(Cast[Any]):
-    """A cast on PostgreSQL, where elements are text. On SQLite they have their type, so there is no cast."""
+    """A cast on PostgreSQL, where elements are text. On SQLite, elements have their types, so there is no cast."""
 
     inherit_cache = True
 

@@ -1,7 +1,7 @@
 """The values that a primary key can have: a driver reads them from its columns, and takes them as parameters.
 
-A key in the outbox, the log or an index may not fit the table: a column's type has changed, or it is another program's.
-One such key must not make a driver refuse the other keys of the same statement.
+A key in the outbox, the log or an index may not fit the table. A column's type may have changed, or another program may
+have written the key. One such key must not make a driver refuse the other keys of the same statement.
 """
 
 from __future__ import annotations

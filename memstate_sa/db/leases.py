@@ -26,7 +26,7 @@ def _process(pid: int) -> str:
 
 
 def _machine() -> str:
-    """This boot of this machine, and its pid namespace. "?" when the system does not tell them.
+    """A name for this boot of this machine, and its pid namespace. "?" when they are unknown.
 
     The host's name would not do, because clones and containers share it. The namespace alone is the same on all
     machines without containers.
@@ -74,7 +74,7 @@ _claimants: WeakValueDictionary[str, object] = WeakValueDictionary()
 
 
 def new_owner(claimant: object) -> str:
-    """An `owner_id` for *claimant*. It is dropped when that object is gone."""
+    """An `owner_id` for *claimant*. `is_dropped` is true when that object is gone."""
     owner = owner_id()
     _claimants[owner] = claimant
     return owner

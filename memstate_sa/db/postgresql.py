@@ -94,7 +94,7 @@ class Postgresql:
         connection.execute(select(func.set_config("search_path", f"pg_temp, {path}", true())))
 
     def limit_transaction(self, connection: Connection, seconds: float) -> None:
-        """The settings are local to this transaction, because a pooler may give the connection to others."""
+        """Use settings that end with the transaction, because a pooler may give the connection to others."""
         connection.execute(_limit, {"limit": f"{seconds * 1000:.0f}ms"})
 
     def cluster(self, connection: Connection) -> str | None:
@@ -104,7 +104,7 @@ class Postgresql:
         connection.execute(_one_at_a_time)
 
     def create_tables(self, connection: Connection, metadata: MetaData, tables: list[Table]) -> None:
-        """One statement creates all of them, because a hundred round trips are slow."""
+        """Create all tables in one statement, because a hundred round trips are slow."""
         statements: list[str] = []
 
         def collect(ddl: Any, *_: Any) -> None:
@@ -136,10 +136,10 @@ class Postgresql:
                 connection.execute(select(func.setval(sequence, func.greatest(highest, func.nextval(sequence)))))
 
     def vacuum(self, engine: Engine, tables: Sequence[Table], deadline: float) -> None:
-        """FULL is needed because a plain VACUUM leaves deleted bytes in their pages until they are overwritten.
+        """Use FULL, because a plain VACUUM leaves deleted bytes on the disk until they are overwritten.
 
-        ANALYZE replaces the statistics, which contain samples of values. Rows that an older transaction may still see
-        would be copied too, so it waits for such transactions to end.
+        ANALYZE replaces the statistics, which contain samples of values. VACUUM FULL would also copy deleted rows that
+        an older transaction may still see. So this waits for such transactions to end.
         """
         prepare = engine.dialect.identifier_preparer
         names = ", ".join(prepare.format_table(table).replace("%%", "%") for table in dict.fromkeys(tables))

@@ -1,9 +1,10 @@
 """The rows of one table: they are read into images and written back without any user-defined type.
 
-Values are the driver's own, for two reasons:
+Images have driver-level values, for two reasons:
 
 1. Capture then runs no application code.
-2. Nothing is lost to a type whose two directions disagree (Numeric on SQLite, a normalising TypeDecorator).
+2. Some types do not return the value that was stored: Numeric on SQLite, or a TypeDecorator that normalises.
+   Driver-level values are exact.
 
 Two kinds of values travel as the server's own text: PostgreSQL types without a generic SQLAlchemy type, and JSON, where
 the driver cannot tell SQL NULL from 'null'.
@@ -95,7 +96,7 @@ def columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column
 
 
 def values_of(image: Mapping[str, Any] | None, columns: Iterable[Column[Any]]) -> tuple[Any, ...] | None:
-    """The values of *image* in *columns*. None if one is NULL: then they equal and refer to nothing."""
+    """The values of *image* in *columns*. None if one is NULL, because NULL refers to no row."""
     values = (None,) if image is None else tuple(hashable(decode(image.get(column.name))) for column in columns)
     return None if None in values else values
 
@@ -125,7 +126,7 @@ class TableColumns:
         self.table = table
         self.dialect = dialect
         self.database = database_of(dialect)
-        self.by_name = {column.name: column for column in logged_columns(table, excluded)}  # table.c is by key
+        self.by_name = {column.name: column for column in logged_columns(table, excluded)}  # table.c has the keys
         self.names = tuple(self.by_name)
         self.key_names = tuple(column.name for column in table.primary_key.columns)
         self._key_positions = [self.names.index(name) for name in self.key_names]
@@ -187,7 +188,7 @@ class TableColumns:
         return self._as_stored(column, bindparam(None, value, type_=self._bind_type(column), unique=True))
 
     def raw_parameter(self, column: Column[Any], name: str) -> ColumnElement[Any]:
-        """The parameter *name* for driver-level values of *column*, for many executions."""
+        """Like `raw_bind`, but as the parameter *name*, so that one statement can be executed with many values."""
         return self._as_stored(column, bindparam(name, type_=self._bind_type(column)))
 
     def _bind_type(self, column: Column[Any]) -> TypeEngine[Any]:
@@ -268,7 +269,7 @@ class TableColumns:
     def possible(self, connection: Connection, keys: Iterable[str]) -> dict[str, tuple[Any, ...]]:
         """The *keys* that a row may have, with their values as the driver takes them.
 
-        It asks the database if only the database can tell.
+        The database is asked about keys of types that only it can read.
         """
         readable = {key: values for key in keys if (values := self.driver_key(key)) is not None}
         return self._accepted(connection, readable) if readable and self._is_read_by_database else readable
@@ -374,7 +375,7 @@ class TableColumns:
 
         Returns the canonical keys of the locked rows. (SQLite has one writer, so there it returns all *keys*.)
 
-        *leaving*: the rows will be deleted, so writers of rows that refer to them wait too. Look for such rows after
+        *leaving*: the rows will be deleted, so writers of rows that refer to them wait too. Search for such rows after
         this call. Then ON DELETE CASCADE deletes no row that you have not seen.
         """
         if self.database.has_one_writer:
@@ -406,7 +407,7 @@ class TableColumns:
         if len(key) > MAX_KEY_CHARS:
             raise MemstateError(
                 f"Cannot track a row of {self.table.fullname}: its primary key has {len(key)} characters as JSON. The "
-                f"limit is {MAX_KEY_CHARS}."
+                f"limit is {MAX_KEY_CHARS}. Use shorter keys."
             )
         return key
 
@@ -493,5 +494,5 @@ class TableColumns:
             return parse
         if self._is_interval(column):
             return intervals.as_timedelta if process is None else lambda value: process(intervals.as_timedelta(value))
-        is_enum_array = isinstance(impl, sqltypes.ARRAY) and isinstance(impl.item_type, Enum)  # it parses the text
+        is_enum_array = isinstance(impl, sqltypes.ARRAY) and isinstance(impl.item_type, Enum)  # it parses texts
         return process if is_enum_array or not self.travels_as_text(column) else None

@@ -16,11 +16,11 @@ class rows_in(FunctionElement[bool]):
     type = Boolean()
 
     def self_group(self, against: Any = None) -> rows_in:
-        return self  # without the "= 1" that SQLAlchemy adds for a boolean on SQLite, which would prevent index use
+        return self  # SQLAlchemy would add "= 1" to a boolean on SQLite, which would prevent index use
 
 
 class rows_are(rows_in):
-    """Like `rows_in`, for keys with NULL in a part, which SQLite allows. There it does not use the index."""
+    """Like `rows_in`, for keys with NULL in a part, which SQLite allows. SQLite then uses no index."""
 
     inherit_cache = True
 

@@ -48,7 +48,7 @@ _watching = threading.Lock()
 def watch(watcher: Watcher) -> None:
     """Call *watcher* when a transaction begins on a configured engine, until it is collected or `unwatch` is called.
 
-    It sees all configured engines, so also another engine on the same file.
+    *watcher* is called for every configured engine, because several engines may use the same file.
     """
     global _watchers  # noqa: PLW0603  # replaced as a whole, because readers take no lock
     with _watching:
@@ -94,7 +94,7 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
 
 
 def begin_to_write(connection: Connection) -> bool:
-    """Begin as the one writer, if the engine is configured and no transaction has begun. Returns whether it did."""
+    """Begin as the one writer, if the engine is configured and no transaction has begun. Returns whether one began."""
     return bool(getattr(connection.engine, _CONFIGURED, False)) and _begin_to_write(connection)
 
 
@@ -145,7 +145,7 @@ def _reads(statement: str, context: Any) -> bool:
 def _begin_immediate(connection: Connection) -> None:
     """Run BEGIN IMMEDIATE by the driver, because `exec_driver_sql` takes longer than a small INSERT.
 
-    So no event and no echo shows it. Its errors are the same as SQLAlchemy's.
+    So no event and no echo shows this BEGIN. Its errors are the same as SQLAlchemy's.
     """
     dbapi: Any = connection.dialect.loaded_dbapi
     cursor = connection.connection.cursor()
@@ -187,7 +187,7 @@ def warn_of_savepoints(connection: Connection) -> None:
 
 
 def leaks_savepoints(engine: Engine) -> bool:
-    """Whether rows of a SAVEPOINT survive the ROLLBACK of its transaction. Tries it out on a temporary table."""
+    """Whether rows of a SAVEPOINT survive the ROLLBACK of its transaction. This is tested on a temporary table."""
     probe = text("SELECT count(*) FROM memstate_probe")
     with engine.connect() as connection:
         connection.exec_driver_sql("CREATE TEMP TABLE memstate_probe (n INTEGER)")
@@ -211,7 +211,7 @@ def is_busy(error: DBAPIError) -> bool:
 
 
 def may_write(connection: Connection) -> bool:
-    """Whether the transaction surely is the one writer already. Without `configure`, it may have only read."""
+    """Whether the transaction certainly has the write lock. On an engine without `configure`, we cannot know."""
     return bool(getattr(connection.engine, _CONFIGURED, False)) and in_transaction(connection)
 
 

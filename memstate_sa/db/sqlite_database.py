@@ -42,7 +42,7 @@ class Sqlite:
 
     @contextmanager
     def snapshot(self, engine: Engine) -> Iterator[Connection]:
-        """A plain BEGIN of our own takes no lock that a writer would wait for."""
+        """Send a plain BEGIN, which takes no lock that a writer would wait for."""
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("BEGIN")
             try:
@@ -90,7 +90,7 @@ class Sqlite:
         """Do nothing: SQLite does this itself."""
 
     def vacuum(self, engine: Engine, tables: list[Table], deadline: float) -> None:
-        pooled = engine.raw_connection()  # avoids the listeners that would begin a transaction
+        pooled = engine.raw_connection()  # our listeners would begin a transaction
         try:
             connection: Any = pooled.driver_connection
             [patience_ms] = connection.execute("PRAGMA busy_timeout").fetchone()

@@ -23,7 +23,7 @@ class SyncEngines:
         self._own: list[Engine] = []
 
     def sync_engine(self, engine: Engine | AsyncEngine, use: Engine | None = None) -> Engine:
-        """*engine* itself, or a sync engine for an AsyncEngine. *use* is taken if its URL has none yet."""
+        """*engine* itself, or a sync engine for an AsyncEngine. *use* becomes that engine, if the URL has none yet."""
         if isinstance(engine, Engine):
             missing_tables.explain(engine)
             return engine

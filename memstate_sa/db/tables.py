@@ -127,8 +127,8 @@ class _Jsonb(JSONB):
         return f"JSONB(none_as_null={self.none_as_null})"
 
 
-# SQLite has AUTOINCREMENT only for INTEGER. Without it the id of a deleted last row is used again. The relay is already
-# past that id, and would never deliver the change.
+# SQLite has AUTOINCREMENT only for INTEGER. Otherwise a new row can get the id of a deleted last row. The relay would
+# never deliver that change, because its position covers the id already.
 _Id = BigInteger().with_variant(Integer(), "sqlite")
 StoredJson = JSON(none_as_null=True).with_variant(_Jsonb(none_as_null=True), "postgresql")
 _Name = String(128)
@@ -195,8 +195,8 @@ outbox = Table(
         default=false(),
         comment="announced by a strict transaction (xid): the index may or may not have the change",
     ),
-    # The order of delivery for all slots. An index that begins with the slot would be read once per slot, and then
-    # sorted. SQLite pages by id alone, so its index stays empty and costs nothing at a commit.
+    # The index has the order of delivery for all slots. An index that begins with the slot would be read once per slot,
+    # and then sorted. SQLite pages by id alone, so its index stays empty and costs nothing at a commit.
     Index("ix_memstate_outbox_xid", "xid", "id", "slot", sqlite_where=text("xid <> 0")),
     # A search reads the undelivered keys of one class. The backlog of other classes must not slow it down.
     Index("ix_memstate_outbox_entity", "entity", "xid", "id"),
@@ -374,7 +374,7 @@ trigger_context = Table(
     metadata,
     Column("name", Text, primary_key=True),
     Column("value", Text),
-    sqlite_with_rowid=False,  # so that a row here does not change the application's last_insert_rowid()
+    sqlite_with_rowid=False,  # this keeps the application's last_insert_rowid()
     comment="tells triggers about the transaction that writes; empty outside of it",
 )
 

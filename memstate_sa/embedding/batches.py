@@ -1,4 +1,4 @@
-"""Embedding in bounded batches, a memory of recent vectors, and the indexes that get the vectors."""
+"""Embedding in bounded batches, a cache of recent vectors, and the indexes that get the vectors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Vectors:
         return embed_query(self.embedder, query)
 
     def recent(self, digests: Iterable[str]) -> dict[str, Vector]:
-        """The remembered vectors of *digests*."""
+        """The remembered vectors of *digests*, which are text fingerprints."""
         with self._lock:
             return {digest: self._recent[digest] for digest in digests if digest in self._recent}
 

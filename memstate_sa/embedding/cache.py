@@ -33,7 +33,7 @@ _evict = delete(embedding).where(embedding.c.id.in_(_oldest))
 
 
 def read(connection: Connection, digests: Iterable[str], dimension: int) -> dict[str, Vector]:
-    """The stored vectors of *digests*, without damaged ones."""
+    """The stored vectors of *digests* (text fingerprints), without damaged vectors."""
     rows = connection.execute(_read, {"digests": as_array(digests)}).all()
     return {digest: vector for digest, stored in rows if (vector := _vector(stored, dimension)) is not None}
 
@@ -58,7 +58,7 @@ def _vector(stored: bytes, dimension: int) -> Vector | None:
 
 def store(connection: Connection, vectors: Mapping[str, Vector], embedder: str) -> None:
     """Store *vectors*, which all have the same length. A vector that is stored already is not changed."""
-    digests = sorted(vectors)  # sorted, because two transactions that store the same vectors could deadlock
+    digests = sorted(vectors)  # the order prevents deadlocks of transactions that store the same vectors
     stored = np.stack([vectors[digest] for digest in digests]).astype(_FLOAT32)
     size = stored.shape[1] * _FLOAT32.itemsize
     offsets = [(digest, n * size + 1) for n, digest in enumerate(digests)]

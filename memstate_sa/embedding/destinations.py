@@ -12,7 +12,7 @@ from memstate_sa.indexes.base import VectorIndex
 
 
 def indexes_by_name(index: VectorIndex | Mapping[str, VectorIndex] | None) -> dict[str, VectorIndex]:
-    """The indexes of *index*. One alone is named "memory"."""
+    """*index* as a dict of indexes by name. A single index is named "memory"."""
     if index is None:
         return {}
     indexes: dict[str, VectorIndex] = dict(index) if isinstance(index, Mapping) else {"memory": index}
@@ -23,9 +23,10 @@ def indexes_by_name(index: VectorIndex | Mapping[str, VectorIndex] | None) -> di
 
 
 def make_destinations(indexes: Mapping[str, VectorIndex], embedder: Any, *, stored: int) -> dict[str, Destination]:
-    """Each index with the vectors of its embedder: *embedder*, or the one of its name.
+    """Each index, with the vectors of its embedder.
 
-    Indexes of one embedder share their vectors. *stored*: how many of them the database keeps.
+    *embedder* is one for all indexes, or a dict by index name. Indexes with the same embedder share its vectors.
+    *stored*: the number of vectors that the database keeps.
     """
     embedders = _embedders(embedder, indexes)
     vectors = {id(one): Vectors(one, stored=stored) for one in embedders.values()}
@@ -33,11 +34,16 @@ def make_destinations(indexes: Mapping[str, VectorIndex], embedder: Any, *, stor
 
 
 def _embedders(embedder: Any, indexes: Collection[str]) -> dict[str, Embedder | None]:
-    """The embedder of each index, in their order. None is the default one."""
+    """The embedder of each index, in the order of *indexes*. None stands for the default embedder."""
     by_index = dict(embedder) if isinstance(embedder, Mapping) else dict.fromkeys(indexes, embedder)
     for one in by_index.values():
         if one is not None and not callable(getattr(one, "embed", None)):
-            raise MemstateError(f"Cannot use embedder={one!r}. Give an Embedder, or leave it out: WordLlamaEmbedder().")
+            raise MemstateError(
+                f"Cannot use embedder={one!r}. Give an Embedder, or leave embedder= out to use WordLlamaEmbedder()."
+            )
     if by_index.keys() != set(indexes):
-        raise MemstateError(f"Cannot use embedder={embedder!r}. Give one for each index: {', '.join(indexes)}.")
+        raise MemstateError(
+            f"Cannot use embedder={embedder!r}: its keys are not the names of the indexes. Give an Embedder for each "
+            f"of these names: {', '.join(indexes)}."
+        )
     return {name: by_index[name] for name in indexes}

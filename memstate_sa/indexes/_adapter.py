@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -13,11 +13,11 @@ from memstate_sa.indexes.provider_errors import delivery_error
 from memstate_sa.runtime.display import summary
 
 REMEMBERED_S = 86_400
-"""How long the epoch of a deleted id is remembered. No request of an overtaken relay is under way for so long."""
+"""The epoch of a deleted id is remembered for this time. A late request of a relay that lost its claim takes less."""
 
 
 class OpenState(NamedTuple):
-    """The arguments with which an index was opened. The incarnation is kept only for adapters that need it."""
+    """The arguments with which an index was opened, and its incarnation if the adapter needs it."""
 
     embedder: str
     dimension: int
@@ -28,7 +28,7 @@ class Adapter:
     """The base of indexes that need `open`, and have a vendor's client with its own errors."""
 
     _vendor: ClassVar[str] = ""
-    """The name in messages."""
+    """The name of the vendor, for messages."""
 
     _opened: OpenState | None = None
 
@@ -53,24 +53,28 @@ class Adapter:
         return summary(self, self._place, state)
 
     @contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
-        """Turn each error of the client into a DeliveryError. *action* is a verb, for the message."""
+    def _translated(self, action: str, *, sends_facts: bool = True) -> Iterator[None]:
+        """Turn each error of the client into a DeliveryError. *action* is a verb, for the message.
+
+        *sends_facts*: the vendor's words may quote a fact, so the message leaves them out.
+        """
         try:
             yield
         except MemstateError:
             raise
         except Exception as error:
-            raise self._delivery_error(error, f"{self._vendor} could not {action} {self._place}") from error
+            message = f"{self._vendor} could not {action} {self._place}"
+            raise self._delivery_error(error, message, None if sends_facts else ()) from error
 
-    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str, sent: Sequence[str] | None) -> DeliveryError:
         # Clients refuse values with ValueError and TypeError. Other errors, such as a closed client, have nothing to do
         # with the points, so trying again may help.
         is_refusal = isinstance(error, ValueError | TypeError)
-        return delivery_error(error, message, unknown=DeliveryRejected if is_refusal else DeliveryRetryable)
+        return delivery_error(error, message, unknown=DeliveryRejected if is_refusal else DeliveryRetryable, sent=sent)
 
 
 class IdListing:
-    """The sorted ids of a running scan, for a vendor that lists them in another order. Kept until the scan ends."""
+    """A sorted list of all ids, which lives for one scan. It is for vendors that list ids in another order."""
 
     def __init__(self) -> None:
         self._listing: tuple[str, list[str]] | None = None
@@ -81,7 +85,10 @@ class IdListing:
     def pages(
         self, incarnation: str, after: str | None, size: int, read_ids: Callable[[], Iterable[str]]
     ) -> Iterator[list[str]]:
-        """Pages of the ids greater than *after*. A new scan begins if *after* is None, or if no scan is running."""
+        """The ids greater than *after*, in pages.
+
+        *read_ids* is called for a list if *after* is None, or if there is no list for *incarnation*.
+        """
         listing = self._listing
         if after is None or listing is None or listing[0] != incarnation:
             listing = self._listing = (incarnation, sorted(read_ids()))
@@ -92,11 +99,11 @@ class IdListing:
 
 
 def id_bytes(id_: str) -> bytes:
-    """*id_* in UTF-8. Raises DeliveryRejected when it is not Unicode text."""
+    """*id_* in UTF-8. Raises DeliveryRejected if it is not Unicode text."""
     try:
         return id_.encode()
     except UnicodeEncodeError as error:
-        raise DeliveryRejected(f"The id {id_!r} is not Unicode text.") from error
+        raise DeliveryRejected(f"Invalid id {id_!r}: it is not Unicode text. Change the key of the fact.") from error
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:

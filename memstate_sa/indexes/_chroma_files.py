@@ -1,4 +1,4 @@
-"""Check that the vector files of a Chroma collection are complete. A crash of the machine, or a copy, may cut them.
+"""Check that the vector files of a Chroma collection are complete. A crash or a copy during use can truncate them.
 
 Chroma does not report such damage. It searches the rest, fails some queries, or crashes the process. This module knows
 the file layout that the hnswlib of Chroma 1.x writes. Files with a newer layout count as complete.
@@ -22,9 +22,9 @@ _SEGMENTS = (
     "SELECT s.id FROM segments AS s JOIN max_seq_id AS m ON m.segment_id = s.id "
     "WHERE s.scope = 'VECTOR' AND s.collection = ?"
 )
-_PAGE = 4096
+_LONGEST_ZEROS = 4096
 _PAUSES_S = (0.05, 0.2, 0.5)
-"""Chroma writes these files in place, so a file may look damaged during a write. The check is repeated after pauses."""
+"""Chroma writes a file in place, so it may look damaged during a write. It is checked again after these pauses."""
 
 
 def find_damage(folder: Path, collection_id: str) -> str | None:
@@ -65,19 +65,19 @@ def _damage(segment: Path) -> str | None:
 
 
 def _has_labels(file: Path, count: int, size: int, label_at: int) -> bool:
-    """Whether each point has a unique label. Labels begin with 1."""
+    """Whether the points have the unique numbers, from 1 on, that hnswlib gave them."""
     rows = np.memmap(file, np.uint8, "r", shape=(count, size))
     labels = np.ascontiguousarray(rows[:, label_at : label_at + 8]).view("<u8")
     return bool(labels.all()) and len(np.unique(labels)) == count
 
 
 def _has_links(file: Path, count: int) -> bool:
-    """Whether each point has its list of links, after the length of the list.
+    """Whether the file holds a whole list of links for each point. A list begins with its length.
 
-    Most lists are empty, but a whole page of zeros means damage.
+    Most lists are empty, so short runs of zeros are normal. Longer ones mean damage.
     """
     data, at = file.read_bytes(), 0
-    if bytes(_PAGE) in data:
+    if bytes(_LONGEST_ZEROS) in data:
         return False
     for _ in range(count):
         if at + 4 > len(data):

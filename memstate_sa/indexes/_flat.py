@@ -28,7 +28,7 @@ class FlatPoint:
 class Flat:
     """Unit vectors in the rows of an IndexFlatIP, and the other fields of points by id. Not thread-safe.
 
-    It does not use IndexIDMap: removing one point there reads all of them (13 ms for 100,000).
+    This class does not use IndexIDMap, because removing one point there reads all points (13 ms for 100,000).
     """
 
     def __init__(self, faiss: Any, dimension: int) -> None:
@@ -86,7 +86,7 @@ class Flat:
         """The nearest points that satisfy the canonical filter *where*."""
         if not where:
             return self._searched(query, limit)
-        # Usually enough of the nearest points satisfy the filter. If not, all metadata is checked.
+        # Enough of the nearest points usually satisfy the filter. If not, check the metadata of all points.
         count = 4 * limit
         while count * 10 < len(self.points):
             hits = [match for match in self._searched(query, count) if matches(where, self.points[match.id].metadata)]
@@ -115,7 +115,7 @@ class Flat:
         if not self.points:
             return []
         # Use one core. A second core saves 3 ms for 100,000 points, but costs 10 ms if it is busy.
-        threads = self._faiss.omp_get_max_threads()  # the setting concerns this thread only
+        threads = self._faiss.omp_get_max_threads()  # this setting affects the present thread only
         self._faiss.omp_set_num_threads(1)
         try:
             [scores], [rows] = self._index.search(query, min(limit, len(self.points)))

@@ -81,15 +81,17 @@ class LockedFolder:
         process = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # no shell reads it
         if process.returncode:
             reason = process.stderr.strip().rpartition("\n")[2]
-            raise DeliveryRetryable(f"Could not vacuum the Chroma folder {str(self._file.parent)!r}: {reason}")
+            raise DeliveryRetryable(
+                f"Could not vacuum the Chroma folder {str(self._file.parent)!r}: {reason}. Try again."
+            )
 
     def release(self) -> None:
-        if os.getpid() == self._pid:  # after a fork the lock belongs to the parent process
+        if os.getpid() == self._pid:  # a forked child must not release its parent's lock
             with _counting:
                 self._lock.release()
 
     def check(self) -> None:
-        """Raise an error after a fork, or if the files were deleted: the index would go on reading the old files."""
+        """Raise an error after a fork, or if the files were deleted. The index would go on with the old files."""
         if os.getpid() != self._pid:
             raise MemstateError(
                 f"Cannot use this index after a fork. Its {self._kind} folder belongs to the parent process. "

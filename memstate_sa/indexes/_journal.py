@@ -39,7 +39,7 @@ class Journal:
     def read(self) -> Iterator[Record]:
         """All records, oldest first. Read to the end before the first `append`. A missing file is created."""
         self.damaged = False
-        self._new.unlink(missing_ok=True)  # left by a replacement that was killed
+        self._new.unlink(missing_ok=True)  # a replacement that was killed may have left this file
         file = self._file = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
         self._named = False  # the process that created the file may have been killed before its name was on the disk
         self._settle_name()

@@ -26,7 +26,9 @@ class Answer(NamedTuple):
 def nearest(
     ask: Callable[[int, bool], Answer], limit: int, condition: Mapping[str, Any], *, exact: bool
 ) -> list[Match]:
-    """The *limit* nearest points that satisfy the canonical filter. ``ask(count, exact)`` returns a superset of them.
+    """The *limit* nearest points that satisfy the canonical filter *condition*.
+
+    ``ask(count, exact)`` returns the server's *count* nearest candidates. Some of them may not satisfy the filter.
 
     A graph search may miss points, most of all behind points that the filter removes. After a short answer, the server
     is asked for an exact search.

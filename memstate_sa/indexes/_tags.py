@@ -46,7 +46,7 @@ def numbers(metadata: Mapping[str, Scalar]) -> dict[str, float]:
 
 
 def tag(key: str, value: Scalar) -> str:
-    """Ten hex digits. 1 and 1.0 have the same tag, True and "1" have others."""
+    """The tag, in ten hex digits. 1 and 1.0 have the same tag, but True and "1" have others."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return _digest(key, f"{type(value).__name__} {value}")

@@ -11,7 +11,7 @@ from memstate_sa.indexes.base import Vector
 def unit_rows(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """*rows* scaled to length 1, and their lengths, of shape ``(n,)``. A zero vector is unchanged.
 
-    Computed in double precision: in float32 the square of 3e38 overflows, and the square of 1e-38 is zero.
+    The lengths are computed in double precision. In float32, the square of 3e38 overflows, and that of 1e-38 is zero.
     """
     doubles = rows.astype(np.float64)
     norms = np.linalg.norm(doubles, axis=1)

@@ -18,14 +18,14 @@ def main(folder: Path) -> None:
     # segment that is in use has its row.
     vectors = [path for path in folder.iterdir() if (path / "header.bin").is_file()]
     with closing(sqlite3.connect(folder / "chroma.sqlite3", timeout=30, isolation_level=None)) as connection:
-        # A folder older than Chroma's "automatically_purge" setting keeps every write.
+        # Chroma never empties this queue in a folder that is older than its setting "automatically_purge".
         connection.execute(
             "DELETE FROM embeddings_queue WHERE NOT EXISTS (SELECT 1 FROM collections WHERE topic LIKE '%' || id)"
         )
         # The full-text index holds the words of deleted documents until it is rebuilt.
         connection.execute("INSERT INTO embedding_fulltext_search (embedding_fulltext_search) VALUES ('rebuild')")
         connection.execute("VACUUM")
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # does nothing without a WAL file
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # this does nothing if there is no WAL file
         segments = {id_ for (id_,) in connection.execute("SELECT id FROM segments")}
     for path in vectors:
         if path.name not in segments:  # Chroma leaves the vectors of a deleted collection there

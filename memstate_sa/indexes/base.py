@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 class Stored(NamedTuple):
     """A stored point with its vector, the result of `VectorIndex.get`.
 
-    The last bit of the vector may differ, because Chroma stores it normalised.
+    The last bit of the vector may differ, because some indexes store it normalised.
     """
 
     id: str
@@ -90,12 +90,12 @@ class VectorIndex(Protocol):
         """The largest number of points for one `upsert`, and of ids for one `delete` or `get`."""
         ...
 
-    # An index inside the writing process may set an attribute ``in_process = True``. No late write of an ended process
-    # can reach such an index, so the next relay does not wait for its lease. For other indexes, a relay makes each call
-    # in a thread, and reads and embeds the next page at the same time.
+    # An index inside the writing process may set an attribute ``in_process = True``. An ended process cannot write to
+    # it any more, so the next relay does not wait until that process's lease ends. For other indexes, a relay makes
+    # each call in a thread, and reads and embeds the next page at the same time.
 
     def open(self, *, embedder: str, dimension: int) -> None:
-        """Create the index, or check that the stored one fits. Idempotent. Called before all other methods.
+        """Create the index, or check that the stored one fits. Callers open an index first, and perhaps repeatedly.
 
         ``embedder`` is `Embedder.fingerprint`. Raises IndexMismatch if the stored index was built by another embedder,
         with another dimension, or with another distance than cosine. The message names both sides.
@@ -150,7 +150,7 @@ class FencedIndex(VectorIndex, Protocol):
 def is_fenced(index: VectorIndex) -> TypeGuard[FencedIndex]:
     """Whether *index* is a `FencedIndex`.
 
-    Not by isinstance(): before Python 3.12 it reads the property ``incarnation``, which may call the server.
+    The check does not use isinstance(). Before Python 3.12, that reads ``incarnation``, which may call the server.
     """
     return bool(getattr(index, "fences", False))
 
@@ -178,7 +178,7 @@ class RemakableIndex(Protocol):
 
 @runtime_checkable
 class MarkedIndex(VectorIndex, Protocol):
-    """An index that keeps one short text, the mark, in the same place as its points. It loses both only together.
+    """An index that keeps one short text, the mark, in the same place as its points. It never loses only one of them.
 
     The relay compares the mark with the database. A difference shows that one of them was restored from a backup.
     """
@@ -196,7 +196,7 @@ class MarkedIndex(VectorIndex, Protocol):
 
 
 def keeps_mark(index: VectorIndex) -> TypeGuard[MarkedIndex]:
-    """Whether *index* is a `MarkedIndex`. Not by isinstance(), for the reason in `is_fenced`."""
+    """Whether *index* is a `MarkedIndex`. The check does not use isinstance(), for the reason in `is_fenced`."""
     return callable(getattr(index, "write_mark", None))
 
 
@@ -209,10 +209,14 @@ def matrix(vectors: Sequence[Vector], dimension: int, names: Sequence[str]) -> N
     for vector, name in zip(vectors, names, strict=True):
         shape = np.shape(vector)
         if shape != (dimension,):
-            raise DeliveryRejected(f"The vector of {name} has shape {shape}. This index holds ({dimension},).")
+            raise DeliveryRejected(
+                f"The vector of {name} has shape {shape}, but this index holds ({dimension},). Check the embedder."
+            )
     with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinity, which is refused below
         rows = np.array(vectors, dtype=np.float32).reshape(len(vectors), dimension)
     finite = np.isfinite(rows).all(axis=1)
     if not finite.all():
-        raise DeliveryRejected(f"The vector of {names[int(np.argmin(finite))]} holds NaN or infinity.")
+        raise DeliveryRejected(
+            f"The vector of {names[int(np.argmin(finite))]} holds NaN or infinity. Check the embedder."
+        )
     return rows

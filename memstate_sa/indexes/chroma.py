@@ -31,6 +31,7 @@ from memstate_sa.indexes._filters import canonical, storable
 from memstate_sa.indexes._units import clipped_distance
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
 from memstate_sa.indexes.provider_errors import retryable_status
+from memstate_sa.indexes.provider_messages import words
 from memstate_sa.runtime import forks
 
 if TYPE_CHECKING:
@@ -39,15 +40,15 @@ if TYPE_CHECKING:
 
     from memstate_sa.indexes._folder import LockedFolder
 
-# In a point's metadata. A point without it is foreign. There is only one field of ours, with a short name, because each
-# field costs 6 to 13 % of Chroma's write rate.
+# The name of the fingerprint in a point's metadata. A point without it is foreign. We store only this field, with a
+# short name, because each field costs 6 to 13 % of Chroma's write rate.
 _FINGERPRINT = "memstate_sa"
 _PAUSES_S = (0.01, 0.05, 0.25)
 """The first write to a collection stores metadata before vectors. A query in between fails with InternalError
 ("Nothing found on disk"), so it is repeated after these pauses."""
 _COPIED = 1000
 """The number of points in one batch of a copy: a few MB."""
-# In the collection's metadata.
+# The names of our fields in the collection's metadata.
 _EMBEDDER = "memstate_embedder"
 _DIMENSION = "memstate_dimension"
 _MARK = "memstate_mark"
@@ -81,7 +82,7 @@ class ChromaIndex(Adapter):
         self._store_text = store_text
         self._make_mutex()
         forks.in_child(self, ChromaIndex._make_mutex)
-        self._copying = threading.Lock()  # the copy would miss a write that happens at the same time
+        self._copying = threading.Lock()  # a copy would miss a write that happens at the same time
         self._collection: Collection | None = None
         self._max_batch = 0
         self._folder: LockedFolder | None = None
@@ -110,7 +111,7 @@ class ChromaIndex(Adapter):
     def open(self, *, embedder: str, dimension: int) -> None:
         with self._mutex:
             try:
-                with self._translated("open"):
+                with self._translated("open", sends_facts=False):
                     self._folder = self._folder or self._folders.lock(self._client)
                     self._check_folder()
                     self._collection = self._resolve(embedder, dimension)
@@ -159,7 +160,7 @@ class ChromaIndex(Adapter):
 
     def delete(self, ids: Sequence[str]) -> None:
         with self._writing("delete") as collection:
-            # Not delete(ids=..., where=...): with both, Chroma needs 6 ms for each id.
+            # Do not use delete(ids=..., where=...). With both arguments, Chroma needs 6 ms for each id.
             own_ids = [id_ for id_, fingerprint in self._fingerprints(collection, ids) if fingerprint is not None]
             if own_ids:
                 collection.delete(ids=own_ids)
@@ -173,7 +174,7 @@ class ChromaIndex(Adapter):
         if condition is None or unique_ids == [] or limit < 1:
             return []
         filters = _where(condition) if condition else None
-        # No `where` for the fingerprint. With a condition that all points satisfy, a query over 10,000 points takes
+        # Do not filter by the fingerprint. With a condition that all points satisfy, a query over 10,000 points takes
         # 50 ms instead of 2 ms.
         count = limit
         with self._using("query") as collection:
@@ -289,18 +290,20 @@ class ChromaIndex(Adapter):
 
     @contextmanager
     def _writing(self, action: str) -> Iterator[Collection]:
-        """The open collection, locked against `purge`. `purge` never copies a server's collection, so no lock there."""
+        """The open collection, locked against `purge`. A server's collection needs no lock: `purge` refuses it."""
         with self._copying if self.in_process else nullcontext(), self._using(action) as collection:
             yield collection
 
-    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str, sent: Sequence[str] | None) -> DeliveryError:
         if isinstance(error, self._errors.NotFoundError):
             self._collection = None
             return DeliveryRetryable(f"Chroma collection {self._name!r} was deleted. The next call creates it again.")
         if isinstance(error, self._errors.ChromaError):
             is_retryable = retryable_status(error.code())
-            return (DeliveryRetryable if is_retryable else DeliveryRejected)(f"{message}: {type(error).__name__}")
-        return super()._delivery_error(error, message)
+            reason = "" if sent is None else words([error], sent)
+            text = f"{message}: {type(error).__name__}{reason and f': {reason}'}"
+            return (DeliveryRetryable if is_retryable else DeliveryRejected)(text)
+        return super()._delivery_error(error, message, sent)
 
     def _check_folder(self) -> None:
         if self._folder is not None:
@@ -350,7 +353,7 @@ class ChromaIndex(Adapter):
     def _copied(self, collection: Collection) -> Collection:
         """A new collection with the same points, including foreign ones."""
         name = f"{self._name}.copy"
-        with suppress(self._errors.NotFoundError):  # left by a purge that was killed
+        with suppress(self._errors.NotFoundError):  # a purge that was killed may have left this copy
             self._client.delete_collection(name)
         configuration: Any = {"hnsw": collection.configuration_json["hnsw"]}
         metadata = {key: value for key, value in collection.metadata.items() if not key.startswith("hnsw:")}
@@ -361,7 +364,7 @@ class ChromaIndex(Adapter):
         for start in range(0, len(ids), _COPIED):
             batch = ids[start : start + _COPIED]
             points: Any = collection.get(ids=batch, include=["embeddings", "metadatas", "documents"])
-            if points["ids"]:  # unless others have deleted all of them
+            if points["ids"]:  # others may have deleted the whole batch
                 copy.add(
                     ids=points["ids"],
                     embeddings=points["embeddings"],

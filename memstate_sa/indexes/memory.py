@@ -38,12 +38,12 @@ class InMemoryIndex(Adapter):
 
     def __init__(self, *, max_batch: int = 10_000) -> None:
         self._max_batch = max_batch
-        # Row n of `_units` is the unit vector of `_ids[n]`. The rows after len(_ids) are spare: the array grows in
-        # steps.
+        # Row n of `_units` is the unit vector of `_ids[n]`. The rows after len(_ids) are spare, because the
+        # array grows by many rows at once.
         self._units: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
         self._ids: list[str] = []
         self._points: dict[str, _StoredPoint] = {}
-        self._epochs: dict[str, int] = {}  # also those of deleted ids
+        self._epochs: dict[str, int] = {}  # epochs by id, including deleted ids
         self._sorted_ids: list[str] | None = None
         self._mark: str | None = None
         self._begin()

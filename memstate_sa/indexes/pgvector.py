@@ -1,7 +1,7 @@
 """PostgreSQL with pgvector as a vector index: a separate table, in the facts' database or in another one.
 
 Each vector is stored as a unit vector and its length. So the inner product is the cosine, no square overflows, and a
-zero vector has distance 1. In pgvector's own cosine distance it has NaN, and is left out of the graph.
+zero vector has distance 1. Its own cosine distance would be NaN in pgvector, and the graph would leave it out.
 """
 
 from __future__ import annotations
@@ -46,18 +46,21 @@ from memstate_sa.indexes.pgvector_statements import (
     vectors_text,
 )
 from memstate_sa.indexes.provider_errors import delivery_error
+from memstate_sa.indexes.provider_messages import words
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 _RECOUNT_S = 10.0
-"""The points are counted again after this time. Too few are added in between to make comparing all of them slow."""
+"""The points are counted again after this time. In between, relays add too few to make comparing all of them slow."""
 _REMEMBERED = timedelta(seconds=REMEMBERED_S)
 _OLDEST_VERSION = (0, 8)
 """Older versions of pgvector do not continue the graph search when a filter removes too many points."""
 # The SQLSTATE classes that blame the values: data exceptions, integrity, program limits. For other errors, a retry may
 # help.
 _VALUE_ERRORS = ("22", "23", "54")
+# insufficient_privilege, and the two states for an extension whose files are missing.
+_NEEDS_AN_ADMINISTRATOR = ("42501", "0A000", "58P01")
 _UNDEFINED_TABLE = "42P01"
 
 
@@ -69,11 +72,11 @@ class PgVectorIndex(Adapter):
     because a searching Session already holds a connection of the engine's pool. Each batch is one transaction, and the
     statement that writes also checks the epochs (`FencedIndex`).
 
-    Up to 5,000 points, a query compares all of them. In a larger table it searches an HNSW graph with *ef_search*
-    candidates, and continues if a filter leaves too few. ``exact=True`` always compares all points. ``exact=False``
-    always uses the graph, which may miss a near point. The graph has half precision over 2,000 dimensions, and there is
-    no graph over 4,000. Distances are always those of the full vectors. Filters run in the database. The text of a fact
-    is not stored.
+    In a table of up to 5,000 points, a query compares all of them. In a larger one it searches an HNSW graph with
+    *ef_search* candidates, and continues if a filter leaves too few. ``exact=True`` always compares all points.
+    ``exact=False`` always uses the graph, which may miss a near point. The graph has half precision over 2,000
+    dimensions, and there is no graph over 4,000. Distances are always those of the full vectors. Filters run in the
+    database. The text of a fact is not stored.
     """
 
     fences = True
@@ -113,14 +116,14 @@ class PgVectorIndex(Adapter):
 
     @property
     def incarnation(self) -> str:
-        with self._translated("identify"):
+        with self._translated("identify", sends_facts=False):
             state = self._state(self._statements(self._dimension))
         if state is None:
             raise DeliveryRetryable(f"Table {self._name!r} was dropped or emptied. open() creates it again.")
         return str(state["incarnation"])
 
     def open(self, *, embedder: str, dimension: int) -> None:
-        with self._translated("open"):
+        with self._translated("open", sends_facts=False):
             state = self._resolve(embedder, dimension)
         if (state["embedder"], state["dimension"]) != (embedder, dimension):
             raise IndexMismatch(
@@ -183,13 +186,13 @@ class PgVectorIndex(Adapter):
                 rows = connection.execute(statement, parameters).all()
                 if len(rows) == limit:
                     return _matches(rows)
-            # Compare all points, also if the graph returned too few. A short answer must mean that no more match.
+            # Compare all points. Do this also after a short answer from the graph, because points may be missing in it.
             is_by_name = ids is not None and not condition
             statement = statements.compared_by_name if is_by_name else statements.compared(criteria)
             return _matches(connection.execute(statement, parameters).all())
 
     def _compares(self, connection: Connection, statements: Statements) -> bool:
-        """Whether to compare all points. Up to some thousand, that is as fast as the graph, and misses none."""
+        """Whether to compare all points. With a few thousand points, this is as fast as the graph, and misses none."""
         if self._exact is None and time.monotonic() >= self._counted_at + _RECOUNT_S:
             self._is_small = connection.execute(statements.count_some).scalar_one() <= EXACT_UP_TO
             self._counted_at = time.monotonic()
@@ -218,7 +221,7 @@ class PgVectorIndex(Adapter):
         """
         with self._using("purge") as (connection, statements):
             table = connection.dialect.identifier_preparer.format_table(statements.points).replace("%%", "%")
-            # Not VACUUM FULL: it copies deleted rows that an older transaction might still see.
+            # Do not use VACUUM FULL. It also copies deleted rows that an older transaction might still see.
             _run(connection, "SET LOCAL lock_timeout = '30s'")
             _run(connection, f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
             _run(connection, f"CREATE TEMPORARY TABLE memstate_kept ON COMMIT DROP AS TABLE {table}")
@@ -273,12 +276,15 @@ class PgVectorIndex(Adapter):
         with self._translated(action), self._reader() as connection:
             yield connection, statements
 
-    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str, sent: Sequence[str] | None) -> DeliveryError:
         state = _sqlstate(error)
         if state == _UNDEFINED_TABLE:
             return DeliveryRetryable(f"Table {self._name!r} was dropped. open() creates it again.")
         is_refusal = state[:2] in _VALUE_ERRORS if state else isinstance(error, DataError | ValueError | TypeError)
-        return delivery_error(error, message, unknown=DeliveryRejected if is_refusal else DeliveryRetryable)
+        unknown = DeliveryRejected if is_refusal else DeliveryRetryable
+        # SQLAlchemy's message has the statement too. The server quotes a value only if it refuses that value.
+        cause = getattr(error, "orig", None) or error
+        return delivery_error(cause, message, unknown=unknown, sent=sent if is_refusal else ())
 
     def _statements(self, dimension: int) -> Statements:
         with self._mutex:
@@ -314,11 +320,16 @@ class PgVectorIndex(Adapter):
         return state
 
     def _make(self, connection: Connection, statements: Statements) -> None:
-        _extend(connection)
-        connection.execute(CreateTable(statements.points, if_not_exists=True))
-        for index in statements.indexes:
-            connection.execute(CreateIndex(index, if_not_exists=True))
-        self._build_graph(connection, statements)
+        with _permitted(
+            "the extension vector",
+            "Install pgvector on the server, and run CREATE EXTENSION vector in this database as a superuser.",
+        ):
+            _extend(connection)
+        with _permitted(self._place, "Grant CREATE on the schema to this role."):
+            connection.execute(CreateTable(statements.points, if_not_exists=True))
+            for index in statements.indexes:
+                connection.execute(CreateIndex(index, if_not_exists=True))
+            self._build_graph(connection, statements)
 
     def _build_graph(self, connection: Connection, statements: Statements) -> None:
         if statements.graph is not None and not self._exact:
@@ -332,6 +343,18 @@ class PgVectorIndex(Adapter):
         if self._schema is not None:
             quoted = f"{connection.dialect.identifier_preparer.quote_schema(self._schema)}.{quoted}"
         return connection.scalar(select(func.to_regclass(quoted))) is None
+
+
+@contextmanager
+def _permitted(place: str, remedy: str) -> Iterator[None]:
+    """Raise a DeliveryError that is not retryable, with the *remedy*, if the server cannot or must not create this."""
+    try:
+        yield
+    except DBAPIError as error:
+        if _sqlstate(error) not in _NEEDS_AN_ADMINISTRATOR:
+            raise
+        reason = words([error.orig or error], ())
+        raise DeliveryError(f"pgvector could not create {place}: {reason}. {remedy}") from error
 
 
 def _extend(connection: Connection) -> None:
@@ -364,5 +387,5 @@ def _matches(rows: Sequence[Any]) -> list[Match]:
 
 
 def _run(connection: Connection, statement: str) -> None:
-    """Run *statement* without parameters, because a name in it may look like one."""
+    """Run *statement* without parameters, because a name in it may look like a parameter."""
     connection.exec_driver_sql(statement, execution_options={"no_parameters": True})

@@ -82,7 +82,7 @@ class Statements:
             name,
             MetaData(),
             Column("key", LargeBinary, primary_key=True),  # a hash of the id: the id may be too long for a B-tree
-            Column("id", Text(collation="C")),  # None for a deleted point, which keeps its epoch, and for the state
+            Column("id", Text(collation="C")),  # NULL for the state, and for the epoch of a deleted point
             Column("epoch", BigInteger, nullable=False),
             Column("fingerprint", Text),
             Column("unit", _Vector(dimension)),
@@ -127,7 +127,7 @@ class Statements:
 
     @property
     def _distance(self) -> ColumnElement[Any]:
-        """The distance of the full vectors. The subquery parses the query vector once, but lets no index sort."""
+        """The distance of the full vectors. The subquery parses the query vector once, but no index can sort by it."""
         query = select(self._query).scalar_subquery()
         return (1 + self.points.c.unit.op("<#>", return_type=Double())(query)).label("distance")
 
@@ -137,7 +137,7 @@ class Statements:
     def nearest(self, conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
         """The nearest points by the graph. The graph may use half precision, and its order is only nearly right.
 
-        One statement saves round trips: it first changes the settings of the graph search, only for this statement.
+        The statement first changes the settings of the graph search, for itself only. This saves round trips.
         """
         c = self.points.c
         setting = [func.set_config("hnsw.ef_search", bindparam("explored", type_=Text), True).label("explored")]
@@ -151,7 +151,7 @@ class Statements:
 
     @cached_property
     def nearest_of_all(self) -> Select[Any]:
-        """`nearest` without a condition. Cached, because building the statement takes longer than executing it."""
+        """`nearest` without a condition. It is cached, because building it takes longer than executing it."""
         return self.nearest([])
 
     @cached_property
@@ -199,7 +199,7 @@ class Statements:
 
     @cached_property
     def upsert(self) -> Any:
-        """Insert or replace points. The parameters are one array a column, and `vectors_text` for the vectors."""
+        """Insert or replace points. The parameters are one array for a column, and `vectors_text` for the vectors."""
         types = {
             "key": LargeBinary, "id": Text, "epoch": BigInteger, "fingerprint": Text, "unit": Text, "norm": Double,
             "metadata": Text,
@@ -221,7 +221,7 @@ class Statements:
         return self._fenced(put, [column.name for column in self.points.c if not column.primary_key])
 
     def _fenced(self, put: Any, columns: Sequence[str]) -> Any:
-        """*put*, which leaves rows with a higher epoch unchanged. Epoch 0 means no epoch, and always writes."""
+        """*put*, changed to skip rows with a higher epoch. Epoch 0 means no epoch, and always writes."""
         new, old = put.excluded, self.points.c
         values = {name: new[name] for name in columns if name != "key"}
         values["epoch"] = func.greatest(old.epoch, new.epoch)
@@ -236,7 +236,7 @@ class Statements:
 
     @cached_property
     def forget(self) -> Any:
-        """Delete some epochs that are too old to matter: no late write can have a lower one any more."""
+        """Delete some old epochs. No write with a lower epoch can still be under way."""
         c = self.points.c
         old = c.deleted_at < func.now() - bindparam("remembered", type_=INTERVAL)
         keys = select(c.key).where(old).order_by(c.deleted_at).limit(bindparam("most"))

@@ -27,7 +27,7 @@ def phrase(status: int) -> str:
 
 
 def words(chain: Iterable[BaseException], sent: Collection[str]) -> str:
-    """The first line of the provider's own message, without quotations of the *sent* texts. May be empty."""
+    """The first line of the provider's own message, without quotations of the *sent* texts. It may be empty."""
     links = list(chain)
     message = next((text for link in links if (text := _body(getattr(link, "response", None)))), None)
     if message is None and links and not _STATUS_LINE.search(str(links[0])):
@@ -70,7 +70,7 @@ def _without(line: str, sent: Collection[str]) -> str:
 
 
 def _places(line: str, form: str) -> Iterator[int]:
-    """The positions in *line* where a piece of *form* begins. A short *form* counts only as a whole."""
+    """The offsets in *line* where a piece of *form* begins. A short *form* counts only as a whole."""
     size = min(_PIECE, len(form))
     if size >= 3:
         yield from (start for start in range(len(line) - size + 1) if line[start : start + size] in form)

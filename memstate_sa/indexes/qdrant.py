@@ -44,10 +44,10 @@ _OURS = "memstate"
 """The key of memstate_sa's own data, in a point's payload and in the collection's metadata."""
 _MARK = "memstate_mark"
 _LARGEST_REQUEST = 500_000
-"""The largest count of numbers in one request: 10 MB of JSON, and a server accepts 32 MB."""
+"""The largest count of numbers in one request. They take 10 MB of JSON, and a server accepts 32 MB."""
 _LISTED = 10_000
 
-# Local mode has no locks, and several indexes may share a client.
+# Local mode has no locks, and several indexes may share a client. So each client has a lock here.
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 _making = threading.Lock()
 
@@ -62,9 +62,9 @@ class QdrantIndex(Adapter):
     Writes are fenced by their epochs (`FencedIndex`). An upsert carries its epoch as a precondition
     (``update_filter``). A deleted point leaves its epoch behind, for a day, in a point without content.
 
-    *exact* compares every point. Otherwise a server searches its HNSW graph, which may miss a near point. Local mode is
-    always exact. It locks its folder for one process: a second process gets qdrant-client's RuntimeError when it
-    creates its client. Use a server for several processes.
+    With *exact*, a query compares every point. Otherwise a server searches its HNSW graph, which may miss a near point.
+    Local mode is always exact. It locks its folder for one process: a second process gets qdrant-client's RuntimeError
+    when it creates its client. Use a server for several processes.
 
     ``incarnation`` is in the collection's metadata. If the collection is deleted, the next call raises
     DeliveryRetryable. The call after it works on a new, empty collection. Foreign points are left alone.
@@ -105,7 +105,7 @@ class QdrantIndex(Adapter):
         return max(1, min(1000, _LARGEST_REQUEST // self._open_state.dimension))
 
     def open(self, *, embedder: str, dimension: int) -> None:
-        with self._translated("open"):
+        with self._translated("open", sends_facts=False):
             if self._folder is not None:
                 self._folder.check()
             self._opened = self._resolve(embedder, dimension)
@@ -198,7 +198,7 @@ class QdrantIndex(Adapter):
 
     def write_mark(self, mark: str) -> None:
         with self._using("mark"):
-            self._client.update_collection(self._name, metadata={_MARK: mark})  # it merges
+            self._client.update_collection(self._name, metadata={_MARK: mark})  # this keeps the other fields
 
     def close(self) -> None:
         """Close the index. The client stays open."""
@@ -223,12 +223,12 @@ class QdrantIndex(Adapter):
             yield
 
     @contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
+    def _translated(self, action: str, *, sends_facts: bool = True) -> Iterator[None]:
         # Only one thread at a time may use local mode.
-        with super()._translated(action), self._mutex if self._local else nullcontext():
+        with super()._translated(action, sends_facts=sends_facts), self._mutex if self._local else nullcontext():
             yield
 
-    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str, sent: Sequence[str] | None) -> DeliveryError:
         with suppress(Exception):
             if not self._client.collection_exists(self._name):
                 if self._opened is not None:
@@ -239,7 +239,7 @@ class QdrantIndex(Adapter):
         retry_after_s = getattr(error, "retry_after_s", None)  # qdrant-client's ResourceExhaustedResponse has it
         if retry_after_s is not None:
             return DeliveryRetryable(f"{message}: {type(error).__name__}", retry_after_s=retry_after_s, may_land=False)
-        return super()._delivery_error(error, message)
+        return super()._delivery_error(error, message, sent)
 
     def _resolve(self, embedder: str, dimension: int) -> OpenState:
         if not self._client.collection_exists(self._name):
@@ -303,7 +303,7 @@ class QdrantIndex(Adapter):
         return {_OURS: ours, "metadata": metadata, **text}
 
     def _put(self, points: list[Any], epoch: int) -> None:
-        """Insert or replace *points*, but keep stored points with a higher epoch than *epoch*. 0 replaces any."""
+        """Insert or replace *points*, but keep stored points with a higher epoch than *epoch*. Epoch 0 replaces all."""
         self._client.upsert(
             self._name, points=points, update_filter=self._up_to("epoch", epoch) if epoch else None, wait=True
         )
@@ -316,7 +316,7 @@ class QdrantIndex(Adapter):
             point.payload[_OURS]["epoch"] = epochs.get(point.id, 0)
 
     def _forget_epochs(self) -> None:
-        """Delete the epochs of points that were deleted long ago. At most once an hour."""
+        """Delete the epochs of points that were deleted long ago. This runs at most once an hour."""
         now = time.time()
         if now - self._forgot_at > REMEMBERED_S / 24:
             self._forgot_at = now
@@ -328,7 +328,7 @@ class QdrantIndex(Adapter):
             self._name,
             query=query.tolist(),
             query_filter=restriction,
-            # Local mode is always exact, and warns if it is asked for that.
+            # Local mode is always exact, and warns about this argument.
             search_params=self._models.SearchParams(exact=True) if exact and not self._local else None,
             limit=limit,
             with_payload=[_OURS, "metadata"],
@@ -372,8 +372,8 @@ class QdrantIndex(Adapter):
             operand_tags = [tag(key, value) for value in ([operand] if name == "$eq" else operand)]
             return self._models.FieldCondition(key=f"{_OURS}.tags", match=self._models.MatchAny(any=operand_tags))
         side, outwards = ("gte", -1e-15) if name in ("$gt", "$gte") else ("lte", 1e-15)
-        # Use a bound a few doubles further out. The bound's double may also be that of a neighbouring int, and both
-        # sides may be off by one.
+        # Move the bound outwards by a few doubles. Neighbouring ints may have the same double, and Qdrant may change
+        # the last bit of both numbers.
         bound = math.nextafter(float(operand) + abs(float(operand)) * outwards, outwards * math.inf)
         finite = min(max(bound, -sys.float_info.max), sys.float_info.max)
         return self._models.FieldCondition(

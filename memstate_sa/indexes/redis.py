@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from redis import Redis
 
 EXACT_UP_TO = 5_000
-"""Up to this number of points, a query compares all of them by default. It takes 2 ms at 256 dimensions."""
+"""If there are at most this many points, a query compares all of them by default, in 2 ms at 256 dimensions."""
 _EXPLORED = 200
 """The candidates of an approximate search (EF). Redis's own default is 100."""
 _LARGEST_COUNT = 1 << 20
-"""With a COUNT beyond its integers, the server finds no points, or aborts."""
+"""The largest COUNT. Beyond its integers, the server finds no points, or aborts."""
 _PER_SCRIPT = 32
-"""The number of points that one script changes. It blocks the server for about 20 ms at 256 dimensions."""
+"""The number of points that one script changes. The script blocks the server for about 20 ms at 256 dimensions."""
 _REWRITING = ("aof_rewrite_scheduled", "aof_rewrite_in_progress", "rdb_bgsave_in_progress")
 
 # The keys: 1. The state of the index (a hash). 2. Points (a vector set). 3. Their ids (a sorted set). All ids have one
@@ -103,7 +103,7 @@ for i = 3, #ARGV do
 end
 return counted()
 """
-# A script, so that vector and attributes come from the same write.
+# This is a script, so that vector and attributes come from the same write.
 _GET = """#!lua flags=no-writes
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
 local points = {}
@@ -141,8 +141,8 @@ class RedisIndex(Adapter):
     stored in full precision (NOQUANT), without the fact's text. Writes are fenced by their epochs (`FencedIndex`). The
     epoch of a deleted id is remembered for a day.
 
-    ``exact=True`` compares all points. ``exact=False`` searches the HNSW graph, which may miss a near point. None
-    compares all points if there are at most 5,000.
+    ``exact=True`` compares all points. ``exact=False`` searches the HNSW graph, which may miss a near point. The
+    default compares all points if there are at most 5,000.
 
     ``incarnation`` changes with every start of the server and every failover. The server may then have lost
     acknowledged writes: all of them without a file, those of a second with ``appendfsync everysec``. The relay compares
@@ -271,20 +271,20 @@ class RedisIndex(Adapter):
         return f"{incarnation}:{run}"
 
     def _require_vector_sets(self) -> None:
-        with self._translated("look at"):
+        with self._translated("look at", sends_facts=False):
             version = str(self._client.info("server")["redis_version"])
         if int(version.partition(".")[0]) < 8:
             raise MemstateError(f"Redis {version} is too old. RedisIndex needs vector sets. Use Redis 8 or later.")
 
     def _rewritten(self, outcome: str | None) -> None:
-        """Wait until the server rewrites no file. Raises DeliveryRetryable if *outcome* is not ok."""
+        """Wait until the server rewrites no file. Raises DeliveryRetryable if the field *outcome* of INFO is not ok."""
         while True:
             state = self._client.info("persistence")
             if not any(state[doing] for doing in _REWRITING):
                 break
             time.sleep(0.02)
         if outcome is not None and state[outcome] != "ok":
-            raise DeliveryRetryable(f"Redis could not rewrite its files: {outcome} is {state[outcome]!r}")
+            raise DeliveryRetryable(f"Redis could not rewrite its files: {outcome} is {state[outcome]!r}. See its log.")
 
     def _run(self, script: str, action: str, *arguments: Any) -> Any:
         """The answer of *script*. Raises DeliveryRetryable if the server's index is not the opened one any more."""
@@ -329,9 +329,11 @@ class RedisIndex(Adapter):
             except self._redis.exceptions.NoScriptError:
                 return call("EVAL", script, *parameters)
 
-    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str, sent: Sequence[str] | None) -> DeliveryError:
         # The points were checked before, so other errors come from the server or the network.
-        return delivery_error(error, message, unknown=DeliveryRetryable)
+        if isinstance(error, self._redis.exceptions.ConnectionError):  # an AuthenticationError is one, too
+            sent = ()
+        return delivery_error(error, message, unknown=DeliveryRetryable, sent=sent)
 
     # -- points -------------------------------------------------------------------------------------------------------
 
@@ -352,7 +354,7 @@ class RedisIndex(Adapter):
         if incarnation is None or _text(incarnation) != opened.incarnation:
             raise self._gone(opened)
         self._size = int(count)
-        if self._compares and not exact:  # there are now few enough points to compare all
+        if self._compares and not exact:  # there are now few enough points to compare all of them
             return self._nearest(query, condition, limit, True)
         rows, candidates = list(_rows(answer)), []
         for id_, score, text in rows:

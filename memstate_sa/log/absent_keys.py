@@ -1,13 +1,13 @@
-"""Keys without a row: how to write their history beside transactions that may be adding the row.
+"""Locks and checks for keys without a row, while other transactions may be adding the row.
 
-A row can be locked, but an absent row cannot. An undo, an erasure, an import and `doctor` write history for such keys.
-They take three steps. Ordinary writers do nothing for this.
+A row can be locked, but an absent row cannot. So an undo, an erasure, an import or `doctor` writes the history of such
+a key in three parts. Ordinary writers need no change.
 
-1. They lock the key against each other (`lock_absent_keys`), with an advisory lock that ends with the transaction.
-2. They write their entries of the log.
-3. They wait for the transactions that are then writing to the table, and read the row (`require_absent`).
+1. It locks the key against other undos and erasures (`lock_absent_keys`). The lock ends with the transaction.
+2. It writes its entries of the log.
+3. It waits for all transactions that are writing to the table at that time. Then it reads the row (`require_absent`).
 
-They find a row that was added before step 3. A row that is added later is also logged later, which is the right order.
+Part 3 finds a row that was added before. A row that is added later is also logged later, which is the right order.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ _writers = text(
     "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
     "AND pid IS DISTINCT FROM pg_backend_pid()"
 )
-_sleep = select(func.pg_sleep(_PAUSE_S))  # in the database, so that an event loop can run other tasks
+_sleep = select(func.pg_sleep(_PAUSE_S))  # the database waits, so that an event loop can run tasks
 
 
 def require_absent(connection: Connection, tracked: Tracked, keys: Collection[str]) -> None:
@@ -183,7 +183,7 @@ def _connection_to_committed(connection: Connection) -> Iterator[Connection]:
         yield connection
         return
     with with_separate_pool(connection.engine).connect().execution_options(isolation_level="READ COMMITTED") as present:
-        present.detach()  # so that it is closed afterwards: it is rarely needed again
+        present.detach()  # this closes it afterwards, because it is rarely needed again
         yield present
 
 
@@ -200,7 +200,7 @@ def keys_others_can_insert(
 ) -> list[str]:
     """The *keys* (without a row) for which others can add a row.
 
-    If this transaction (its *own* `tx` values) deleted the row, others cannot: they wait for us.
+    *own* are the `tx` values of this transaction. If it deleted the row, others cannot add one: they wait for us.
     """
     if not keys or database_of(connection).has_one_writer:
         return []

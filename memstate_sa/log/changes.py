@@ -1,6 +1,6 @@
 """`Change`, and the decisions about changes: the operation that a row shows, and the inversion of a transaction.
 
-Pure: values in, values out.
+All functions here are pure.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def conflicting_entries(
 ) -> dict[FactKey, list[int]]:
     """The ids of those *later* entries, by fact, that undoing the transactions *targets* would lose.
 
-    *undone* are (transaction, fact) whose change was undone, and not redone. A later undo of another later entry leaves
-    nothing behind, and the entry that it undid leaves nothing either. An undo of an older entry counts.
+    *undone* are pairs (transaction, fact) whose change was undone, and not redone. A later entry and the undo of it
+    cancel each other, so neither counts. The undo of an older entry counts.
     """
     since = {(entry.tx, entry.fact) for entry in later}
     conflicts: dict[FactKey, list[int]] = {}
@@ -218,7 +218,7 @@ def conflicting_entries(
 
 
 def replay(changes: Iterable[Change]) -> dict[tuple[str, Any], Image]:
-    """The rows that a log, oldest change first, says there are, by (entity, key)."""
+    """The rows that result from *changes*, oldest first, by (entity, key)."""
     rows: dict[tuple[str, Any], Image] = {}
     for change in changes:
         if change.after is None:

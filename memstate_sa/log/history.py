@@ -145,8 +145,8 @@ def _as_stored(columns: TableColumns, column: Column[Any], value: Any) -> Column
 def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
     """The canonical key of *key* (an ORM primary key), in the form in which the database stores it.
 
-    The database pads CHAR, and may store 1.5 as 1.50. It looks for the key in the log first, then for its row. Without
-    either, it lets the database convert the key.
+    The database pads CHAR, and may store 1.5 as 1.50. So the key is searched in the log first, and then in the table.
+    Otherwise the database converts it.
     """
     columns = tracked.columns_for(connection.dialect)
     canonical = columns.canonical(key)
@@ -222,7 +222,7 @@ def log_at(connection: Connection, at: Moment) -> LogAtMoment:
     tx, _, shown = at.partition(SNAPSHOT_MARK)
     last = connection.execute(select(func.max(log.c.id)).where(log.c.tx == tx)).scalar_one()
     if last is None:
-        raise NotFound(f"The log has no transaction {tx!r}.")
+        raise NotFound(f"The log has no transaction {tx!r}. Give the tx of a Change.")
     if database_of(connection).has_one_writer:
         return LogAtMoment(log.c.id <= last)
     entries = select(log.c.xid, log.c.snapshot, _is_of_another_cluster)
@@ -253,7 +253,7 @@ _is_of_another_cluster = (_xmin - log.c.xid).bitwise_and(0xFFFFFFFF) >= 2**31
 def image_at(connection: Connection, tracked: Tracked, key: str, at: Moment) -> Image | None:
     """The image of a fact at a moment, in today's shape. None when the fact did not exist.
 
-    Before its baseline, a row counts as the baseline says. A row without entries counts as it is now.
+    Before its baseline, a row has the values of the baseline. A row without entries has its current values.
     """
     is_of_fact = (log.c.entity == tracked.entity, log.c.key == key)
     entry = select(log.c.op, log.c.image, log.c.version).where(*is_of_fact)
@@ -267,7 +267,10 @@ def image_at(connection: Connection, tracked: Tracked, key: str, at: Moment) -> 
         if row.op != "baseline":
             return None
     if row.version == REDACTED:
-        raise HistoryMissing(f"Cannot tell what {tracked.entity} {key} was: it has been erased.")
+        raise HistoryMissing(
+            f"Cannot show {tracked.entity} {key} at that moment: the fact was erased, and its values are gone. "
+            "Choose another moment."
+        )
     return None if row.image is None else tracked.upcast(row.image, row.version, connection.dialect)
 
 

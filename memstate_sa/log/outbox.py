@@ -1,7 +1,7 @@
 """Statements that add to the log and the outbox, and statements that read undelivered keys.
 
 A row of the outbox says "this key may have changed". The relay brings the index to the row that is committed when it
-reads the key. So dirty keys need no order, and a repeated one does no harm.
+reads the key. So dirty keys need no order, and a repeated key does no harm.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _add_to_outbox: Insert = insert(outbox).from_select(
 _add_to_both: Insert = _add_to_outbox.add_cte(_add_to_log.cte("logging"))
 
 _CHARS = 16_000_000
-"""The text of one statement, about. PostgreSQL takes a JSONB value of 256 MB, and SQLite a text of 1 GB."""
+"""The most characters of one statement, about. PostgreSQL takes a JSONB value of 256 MB, and SQLite a text of 1 GB."""
 
 _KEYS = 8_000
 """The most keys of one statement."""
@@ -175,7 +175,7 @@ def present_column(database: Database) -> ColumnElement[Any]:
     """The column that `to_position` reads."""
     if not database.has_one_writer:
         return cast(func.pg_current_snapshot(), Text)
-    # The counter, and not the newest row: delivered rows are deleted. Only a restore takes the counter back.
+    # The newest row will not do, because delivered rows are deleted. Only a restore takes the counter back.
     counted = select(func.max(literal_column("seq", Integer))).select_from(table("sqlite_sequence"))
     return func.coalesce(counted.where(literal_column("name") == outbox.name).scalar_subquery(), 0)
 
@@ -202,10 +202,11 @@ _late_xids = unnest_strings("late_xids")
 def undelivered(
     database: Database, *columns: ColumnElement[Any], where: ColumnElement[bool], newest_first: bool = False
 ) -> FromClause:
-    """Up to ``limit`` rows of the outbox after a position, oldest or newest first. `position_parameters` binds it.
+    """Up to ``limit`` rows of the outbox after a position, oldest or newest first: see `position_parameters`.
 
-    PostgreSQL reads the index on (xid, id) twice: once for late transactions, which were running at the position, and
-    once for newer ones. One condition for both would read it from the oldest running transaction on.
+    A late transaction was running when the position was taken. PostgreSQL reads the index on (xid, id) twice: once for
+    late transactions, and once for newer ones. With one condition for both, it would read all newer than the oldest
+    late transaction.
     """
     if database.has_one_writer:
         order_by = outbox.c.id.desc() if newest_first else outbox.c.id.asc()

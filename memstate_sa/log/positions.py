@@ -85,7 +85,7 @@ class Position:
         return covers_xid and self.snapshot.includes(other.snapshot)
 
     def after(self, xid: int) -> int:
-        """The id up to which keys of transaction *xid* are delivered. The snapshot does not see *xid*."""
+        """The id up to which keys of the transaction *xid* are delivered. The snapshot must not see *xid*."""
         return self.id if xid == self.xid else 0
 
     @property
@@ -104,7 +104,7 @@ class Position:
         xid, id_ = last
         if xid >= self.snapshot.xmax:
             return Position(present.snapshot.below(xid), xid, id_)
-        # The page ended among late transactions, which were running at the last snapshot and have ended since.
+        # The page ended among late transactions. They were running at the last snapshot, and have ended since.
         running = tuple(x for x in self.snapshot.running if x >= xid or not present.snapshot.sees(x))
         return Position(Snapshot(self.snapshot.xmax, running), xid, id_)
 

@@ -1,8 +1,8 @@
-"""Take in rows that are older than tracking: log a baseline for each, and mark it for delivery.
+"""Take in rows that are older than tracking: log a baseline for each row, and add its key to the outbox.
 
 The work is done in batches, by any number of processes, and it resumes after a crash. The remaining keys are kept as
-ranges in a table. In each transaction, a worker locks a free range, logs its next rows, and moves its position past
-them. So leases and clean-up are not needed: the database unlocks a range when its worker dies.
+ranges in a table. In each transaction, a worker locks a free range, logs its next rows, and records the last key. So
+leases and clean-up are not needed: the database unlocks a range when its worker dies.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BEGINNING = ""
 class BackfillState(NamedTuple):
     """The progress of all workers that backfill some classes.
 
-    ``seen`` rows of about ``total`` were looked at, and ``added`` of them were new to the log.
+    ``seen`` rows of about ``total`` were checked, and ``added`` of them were new to the log.
     """
 
     seen: int
@@ -43,7 +43,7 @@ class BackfillState(NamedTuple):
 
 
 class Backfill:
-    """One worker in the backfill of *tracked*. *rate* is the greatest number of rows per second that it looks at."""
+    """One worker in the backfill of *tracked*. *rate* is the greatest number of rows per second that it checks."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Backfill:
                 unique_values.take(connection, tracked, of_no_row)
 
     def run(self, *, limit: int | None = None, progress: Progress | None = None) -> int:
-        """Work until no row is left, or until *limit* rows were looked at. Return how many were new to the log."""
+        """Work until no row is left, or until *limit* rows were checked. Return the number of rows new to the log."""
         added = seen = 0
         self._report(progress)
         while limit is None or seen < limit:
@@ -132,7 +132,7 @@ class Backfill:
     # -- one transaction -----------------------------------------------------------------------------------------------
 
     def _turn(self, size: int) -> tuple[int, int] | None:
-        """Process the next batch. Return how many rows were looked at and how many were logged; None at the end."""
+        """Process the next batch. Return the number of checked rows and of logged rows, or None at the end."""
         with self._transaction() as connection:
             take_write_lock(connection)
             range_row = self._lock_range(connection)
@@ -164,13 +164,13 @@ class Backfill:
             return passed, added
 
     def _lock_range(self, connection: Connection) -> Row[Any] | None:
-        """Lock an unfinished range, if possible one without waiting. None when all are done."""
+        """Lock and return an unfinished range, if possible without waiting. Return None when all ranges are done."""
         entities = {"entities": list(self._tracked)}
         while True:
             for statement in (_unlocked, _any):
                 if range_row := connection.execute(statement, entities).first():
                     return range_row
-            # Another worker may have finished the range that we waited for. Look for other ranges.
+            # Another worker may have finished the range that we waited for. Try other ranges.
             if self.state(connection).done:
                 return None
 

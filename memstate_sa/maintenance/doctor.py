@@ -76,7 +76,7 @@ def folded(problems: Iterable[Problem]) -> Iterator[Problem]:
 
 @dataclass(repr=False)
 class Diagnosis:
-    """The findings of `Memory.doctor`. A fact is (entity, primary key).
+    """The findings of `Memory.doctor`. A fact is a tuple of entity and primary key.
 
     - ``changed``: facts whose row differs from the log.
     - ``gone``: facts that the log has, and whose row is missing.
@@ -217,9 +217,9 @@ class Doctor:
         return {key: before[key] for key in keys if _differs(before[key], rows.get(key), columns)}
 
     def _reconcile(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> None:
-        """Log the present state of rows that differ from their last entries, and mark them for delivery.
+        """Log the present state of rows that differ from their last entries, and add their keys to the outbox.
 
-        This transaction is not a step: rollback skips it.
+        This transaction is not a step, so rollback skips it.
         """
         keys = list(before)
         while keys:
@@ -228,7 +228,7 @@ class Doctor:
                     self._log_differences(connection, tracked, {key: before[key] for key in keys})
             except KeyInserted as error:  # these rows exist again, and their insert is logged
                 keys = [key for key in keys if key not in error.keys]
-            except ConflictError:  # another transaction may insert them: the next examination will tell
+            except ConflictError:  # another transaction may insert them, which the next examination will show
                 logger.warning(_UNSURE, tracked.entity)
                 return
             else:
@@ -312,7 +312,8 @@ class Doctor:
         if trigger_context.name in tables and self._has_leftover_context():
             yield Problem(
                 trigger_context.name,
-                "holds rows that a transaction has left. Triggers give its labels to other transactions. Empty it.",
+                "holds rows that a transaction has left. Triggers give their labels to other transactions. Delete "
+                "these rows.",
             )
         yield from self._hazards()
         for name, reason in unsupported_tables(inspector, self._tracked_tables().values()):

@@ -37,7 +37,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 ERASED = "erased"
 _ATTEMPTS = 3
-"""The number of attempts if another transaction inserts the row again: then that row is erased as well."""
+"""The number of attempts if other transactions insert the row again. Each attempt also erases the new row."""
 
 
 class Eraser:
@@ -66,7 +66,7 @@ class Eraser:
             take_write_lock(connection)
             fact = stored_key(connection, tracked, key)
             for attempts_left in reversed(range(_ATTEMPTS)):
-                before = transaction.mark
+                before = transaction.log_state
                 try:
                     with connection.begin_nested():
                         redacted = self._erase(connection, transaction, tracked, fact, reason)
@@ -107,7 +107,7 @@ class Eraser:
         )
         if not row:
             require_absent(connection, tracked, vacant)
-        # Redact only now, after the wait for locks: other transactions may have logged more entries until here.
+        # Redact only now, after the wait for locks, because other transactions may have logged more entries until now.
         older = (*of_fact, log.c.tx != tx)
         entries = connection.execute(select(log.c.image, log.c.version).where(*older)).all()
         images = [(image, tracked.version) for image in row.values()]
@@ -123,7 +123,7 @@ class Eraser:
         return len(entries)
 
     def _mark_instances_deleted(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:
-        """Mark instances of the fact as the ORM does after its own DELETE: a rollback makes them persistent again."""
+        """Make instances of the fact "deleted", like the ORM after a flush. A rollback makes them persistent again."""
         columns, erased = tracked.columns_for(connection.dialect), _normalized(decode_key(key))
         for instance in list(session.identity_map.values()):
             state: Any = inspect(instance)
@@ -218,9 +218,9 @@ def _texts(
     images: Sequence[tuple[Image, int]],
     embedders: Collection[str],
 ) -> Iterator[str]:
-    """The fact's text fingerprints, as far as they can still be computed. `Eraser.overwrite` deletes the others."""
+    """The fact's text fingerprints, if they can still be computed. `Eraser.overwrite` deletes the vectors of others."""
     for image, version in images:
-        for assumed_version in {version, tracked.version}:  # once with upgrades, once without
+        for assumed_version in {version, tracked.version}:  # try with and without upgrades
             try:
                 row = _projectable(tracked, loaded_image(connection, tracked, image, assumed_version) or {})
                 fingerprints = [tracked.project(key, row, embedder).text_fingerprint for embedder in embedders]

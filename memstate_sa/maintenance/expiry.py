@@ -47,7 +47,7 @@ class Sweeper:
             size = halves.pop() if halves else _PAGE
             try:
                 self._page(engine, tracked, refused, chosen, size)
-            except Exception as error:  # the application's own cascades and constraints
+            except Exception as error:  # the application's cascades and constraints may raise anything
                 if not chosen:
                     raise
                 half = len(chosen) // 2

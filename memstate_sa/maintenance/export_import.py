@@ -194,7 +194,7 @@ class _Import:
         self._tx, self._at = new_tx(), utcnow()
         self._since = connection.execute(select(func.coalesce(func.max(log.c.id), 0))).scalar_one()
         self._translations: dict[str, _EntryTranslation] = {}
-        self._highest: dict[str, int] = {}  # of integer keys
+        self._highest: dict[str, int] = {}  # the highest integer key of each entity
         self._deleted: dict[str, list[str]] = {}  # keys that have no row at the end, by entity
 
     def run(self, file: Iterable[str], progress: Progress | None) -> int:
@@ -295,14 +295,14 @@ class _Import:
     def _require_new(self, statement: Select[Any], txs: Sequence[str]) -> None:
         if known_txs := set(self._connection.scalars(statement, {"keys": as_array(txs)})):
             raise ConflictError(
-                f"Cannot import transaction {min(known_txs)}: this database already has it. Was this file imported "
-                "before?"
+                f"Cannot import transaction {min(known_txs)}: this database already has it. Perhaps this file was "
+                "imported before. If not, import it into another database."
             )
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
     def _last_entries(self, tracked: Tracked) -> Iterator[Sequence[RowMapping]]:
-        """Pages of the last imported entry of each key."""
+        """The last imported entries of all keys, in pages."""
         newest = (
             select(func.max(log.c.id))
             .where(log.c.entity == tracked.entity, log.c.id > self._since)
@@ -344,7 +344,7 @@ class _Import:
                 raise MemstateError(f"Cannot import {entity} {key}: its last image is a row with another key.")
             if self._differs(entity, image, now):
                 row = {name: value for name, value in last[entity, key].items() if name in _LoggedEntry.model_fields}
-                # Logged under the tx of the last entry, so that the two are undone together.
+                # Log this change under the tx of the last entry, so that the two are undone together.
                 amended.append({**row, "op": "update", "image": now, "version": self._registry.versions[entity]})
         if amended:
             connection.execute(insert(log), amended)
@@ -386,7 +386,9 @@ def _read(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise MemstateError(f"line {number + 1}: not UTF-8") from error
     if not is_ended:
-        raise MemstateError(f"line {number + 1}: missing. The file was cut off: it has no closing line.")
+        raise MemstateError(
+            f"line {number + 1}: missing. The file was cut off: it has no closing line. Export the facts again."
+        )
 
 
 def _parse(number: int, text: str) -> Any:
@@ -457,11 +459,11 @@ def _referred(tracked: Tracked, among: Sequence[Tracked]) -> set[Tracked]:
 
 
 class _EntryTranslation:
-    """Translates the raw values of a class from the driver of one database to the driver of another."""
+    """Translates the entries of a class: from driver-level values of one database to those of another."""
 
     def __init__(self, tracked: Tracked, source: Database, target: Dialect) -> None:
         self._tracked = tracked
-        # A copy with empty caches: they are kept by the dialect's name, and the dialect below has no driver.
+        # Use a copy with empty caches: their keys are names of dialects, and the dialect below has no driver.
         self._source = replace(tracked, hydrations={}, _columns={})
         self._dialect = make_url(f"{source.blocking_driver}://").get_dialect()()
         self._target = tracked.columns_for(target)

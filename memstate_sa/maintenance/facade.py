@@ -46,7 +46,7 @@ class MaintenanceMethods(MemoryParts):
 
         ``with memory.relay(engine):`` runs it in the background. *options*: see `RelayOptions`.
         """
-        require_options("relay", options, RelayOptions)
+        require_options(MaintenanceMethods.relay, options, RelayOptions)
         self._open()
         sync = self.sync_engine(engine)
         self._capture.guard(sync)
@@ -81,8 +81,8 @@ class MaintenanceMethods(MemoryParts):
         *session_or_token*: a Session, for its last commit, or a `token`. None returns at once.
         *engine*: the database of the token's transaction, when this Memory has seen several.
 
-        Raises DeliveryError after *timeout* seconds, when perhaps no relay runs, and for a key that an index refused
-        too often.
+        Raises DeliveryError after *timeout* seconds, for example if no relay runs, or if an index refused a key too
+        often.
         """
         txs: Sequence[str] = [session_or_token] if isinstance(session_or_token, str) else []
         if session_or_token is not None and not isinstance(session_or_token, str):
@@ -133,13 +133,13 @@ class MaintenanceMethods(MemoryParts):
         rows: bool = True,
         progress: ProgressOption = None,
     ) -> Diagnosis:
-        """Compare the log with the tables, and look for causes of differences, such as missing tables or triggers.
+        """Compare the log with the tables, and find causes of differences, such as missing tables or triggers.
 
         `verify` compares the indexes with the tables.
 
         *repair*: log the rows that other programs changed, as transactions with the reason "reconciled", and have them
         delivered.
-        *rows*: False looks only for causes.
+        *rows*: False compares no rows, and finds only causes.
         *progress*: a function of the number of compared rows. True shows a progress bar.
         """
         sync = self._idle_engine(engine)
@@ -156,16 +156,16 @@ class MaintenanceMethods(MemoryParts):
         model: type[Any] | Collection[type[Any]] | None = None,
         **options: Unpack[BackfillOptions],
     ) -> int:
-        """Log a baseline for each row of *model* that the log lacks, and mark it for delivery.
+        """Log a baseline for each row of *model* that the log lacks, so that relays deliver it.
 
-        It works in batches, alongside live writes, and resumes after an interruption. Calls in other threads and
-        processes share the work. On SQLite it pauses after each batch for as long as the batch took, so that others can
-        write. Returns the number of baselines that this call logged.
+        The work is done in batches, alongside live writes, and resumes after an interruption. Calls in other threads
+        and processes share it. On SQLite, the call pauses after each batch for as long as the batch took, so that
+        others can write. Returns the number of baselines that this call logged.
 
         *model*: a tracked class, or several (default: all).
         *options*: see `BackfillOptions`.
         """
-        require_options("backfill", options, BackfillOptions)
+        require_options(MaintenanceMethods.backfill, options, BackfillOptions)
         batch_size, rate = options.get("batch_size", 1000), options.get("rate")
         require_count("batch_size", batch_size, "at least 1")
         if rate is not None and not rate > 0:
@@ -219,16 +219,14 @@ class MaintenanceMethods(MemoryParts):
     ) -> int:
         """Import a file of `export_facts`, from this or another database: history, labels and rows, in one transaction.
 
-        The rows are the last images of the history, in today's shape, and relays deliver them. A page of rows is in
-        memory at a time; of a class whose rows refer to each other, all rows are. Returns the number of entries.
+        The rows are the last images of the history, in today's shape, and relays deliver them. Returns the number of
+        entries. If rows of a class refer to each other, all its rows are in memory at once.
 
         *progress*: a function of the read entries, and of their total. True shows a progress bar.
 
-        Nothing is written when it raises
-
-        - MemstateError, with the number of the line, for a broken or incomplete file, another format, or a class that
-          is not tracked,
-        - ConflictError for a fact or transaction that the database has or had, and for a row that the tables refuse.
+        An error writes nothing. Raises MemstateError, with the number of the line, if the file is broken, incomplete or
+        in another format. Raises MemstateError too if a class of the file is not tracked. Raises ConflictError if the
+        database has or had one of the facts or transactions, or if a table refuses a row.
         """
         from memstate_sa.maintenance import export_import
 
@@ -263,8 +261,8 @@ class MaintenanceMethods(MemoryParts):
         Writes and searches go on. After an interruption, run it again: it resumes. Relays still deliver to the old
         index, so that `reindex_back` is possible, until no Memory has that index. Returns the successor's name.
 
-        Every process that searches needs a Memory with these *successors* first. Another process stays with the old
-        index.
+        First give every process that searches a Memory with the same ``successors``. A process without them stays with
+        the old index.
 
         *index*: may be left out when only one index has a successor.
         *progress*: a function of the delivered keys, and of the number of rows. True shows a progress bar.
@@ -326,9 +324,9 @@ class MaintenanceMethods(MemoryParts):
     def purge(self, engine: Engine | AsyncEngine, timeout: float = 30.0) -> None:
         """Deliver the committed erasures, and rewrite the files that may still hold the erased bytes.
 
-        It locks the tables while it works (PostgreSQL: VACUUM FULL; SQLite: VACUUM). An index that replaces its files
-        by a copy is compared with the tables again, without embedding. Backups, replicas, archived WAL and the logs of
-        other programs are out of reach.
+        This call locks the tables while it works (PostgreSQL: VACUUM FULL; SQLite: VACUUM). An index that replaces its
+        files by a copy is compared with the tables again, without embedding. Backups, replicas, archived WAL and the
+        logs of other programs are out of reach.
 
         Raises DeliveryError when the deletions are not delivered within *timeout* seconds. Raises MemstateError when an
         open transaction may still read the erased rows after *timeout* seconds, or the files of an index are out of

@@ -107,7 +107,7 @@ def delete_index_state(connection: Connection, name: str) -> None:
     incarnations = select(index_state.c.incarnation).where(index_state.c.index == name).with_for_update()
     keys = [IndexKey(name, incarnation) for incarnation in connection.scalars(incarnations)]
     if not keys:
-        raise NotFound(f"Unknown index {name!r}: nothing was ever delivered to it from this database.")
+        raise NotFound(f"Unknown index {name!r}: nothing was ever delivered to it from this database. Check the name.")
     now = leases.database_now(connection)
     live = select(holder.c.owner).where(holder.c.index == name, holder.c.lease_until > now)
     if not all(leases.is_gone(owner) or leases.is_dropped(owner) for owner in connection.scalars(live)):

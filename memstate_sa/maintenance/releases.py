@@ -1,6 +1,6 @@
-"""Differences between this release's tracked classes and the data that an earlier release has left. For `Doctor`.
+"""Find the differences between this release's tracked classes and the data that earlier releases have left.
 
-It reads only the database, because another process may have the index open.
+This module reads only the database, because another process may have the index open. `Doctor` reports its findings.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class Finding(NamedTuple):
 
 
 def problems(connection: Connection, registry: Registry, destinations: Mapping[str, Destination]) -> Iterator[Finding]:
-    """Classes that an index holds in the projection of an earlier release: searches would miss their rows."""
+    """Findings about classes that this release projects in another way than the index holds them.
+
+    Searches would miss rows of these classes.
+    """
     for name, destination in destinations.items():
         index = _latest(connection, name)
         if index is None:
@@ -131,7 +134,7 @@ def renamed(connection: Connection, registry: Registry, tracked: Tracked) -> Ite
 
 
 def _logged_entities(connection: Connection) -> Iterator[str]:
-    """The entities of the log, each found by one look-up in its index: the cost does not grow with the log."""
+    """The entities of the log. Each costs one query of the log's index, so the cost does not grow with the log."""
     name: str | None = ""
     next_entity = select(log.c.entity).where(log.c.entity > bindparam("name")).order_by(log.c.entity).limit(1)
     while (name := connection.scalar(next_entity, {"name": name})) is not None:
@@ -139,7 +142,7 @@ def _logged_entities(connection: Connection) -> Iterator[str]:
 
 
 def left_triggers(connection: Connection, registry: Registry, tracked: Tracked) -> Iterator[Finding]:
-    """Triggers that an earlier release has left: they log changes twice, or under an unknown entity."""
+    """Findings about triggers that an earlier release has left. They log changes twice, or under an unknown entity."""
     for table in tracked.tables:
         for entity in sorted(triggers.entities_of(connection, table)):
             owner = registry.by_entity.get(entity)

@@ -38,7 +38,7 @@ class DriftReport:
 
     - ``missing``: rows without a vector.
     - ``ghost``: vectors without a row.
-    - ``stale``: vectors of other content than the row has.
+    - ``stale``: vectors whose row has other content now.
     - ``pending``: facts that were not compared, because a change of them still waits for delivery.
     """
 
@@ -50,7 +50,7 @@ class DriftReport:
 
     @property
     def clean(self) -> bool:
-        """True if no difference was found. Pending facts do not count; differences that were repaired do."""
+        """True if no difference was found. Repaired differences count, and pending facts do not."""
         return not (self.missing or self.ghost or self.stale)
 
     def _facts(self) -> dict[str, list[tuple[str, object]]]:
@@ -168,13 +168,13 @@ class Verify:
         return truth
 
     def _position(self) -> Position | None:
-        """The position of the relay."""
+        """The position of the index, or None if it was never delivered to."""
         with self._engine.connect() as connection:
             positions = read_positions(connection, self._key)
         return meet(positions) if positions else None
 
     def _pending(self, facts: Collection[FactKey], at: Position | None) -> set[FactKey]:
-        """The *facts* with a change that a relay at the position *at* has not delivered."""
+        """The *facts* with a change that is not delivered when the index is at the position *at*."""
         if not facts or at is None:
             return set()
         with self._engine.connect() as connection:

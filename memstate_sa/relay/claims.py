@@ -128,7 +128,7 @@ class Claimant:
 def claim(connection: Connection, index: IndexKey, claimant: Claimant) -> tuple[Claimed, Past]:
     """Renew the lease, and take free slots until the claimant has its share. Also return the past of the index."""
     owner, now = claimant.owner, claimant.now
-    # All relays lock the cursors in this order. This waits for relays that are recording a page.
+    # All relays lock the cursors in this order. The statement waits for relays that are recording a page.
     connection.execute(_cursors.with_for_update(), index.parameters()).all()
     live = _live(connection, index, claimant)
     delivered = read_entities(connection, index)
@@ -136,13 +136,13 @@ def claim(connection: Connection, index: IndexKey, claimant: Claimant) -> tuple[
     marked = require_refills(connection, index, delivered, settled.delivered, settled.changed)
     present = read_present(connection)
     rows, index_past = _compared(connection, index, claimant, present, alone=len(live) == 1, is_filled=bool(delivered))
-    quota = -(-len(slots(database_of(connection))) // len(live))  # rounded up, so that no slot stays unclaimed
+    quota = -(-len(slots(database_of(connection))) // len(live))  # this rounds up, so that no slot stays unclaimed
     own_slots = {
         row.slot: HeldSlot(row.epoch, _position(row), fresh=False, settle=False)
         for row in rows
         if row.owner == owner and claimant.epochs.get(row.slot) == row.epoch
     }
-    # The database says that these slots are ours, but we do not know them, nor our writes to them: take them again.
+    # The database says that these slots are ours, but this process does not know its writes to them. Take them again.
     strays = [row for row in rows if row.owner == owner and row.slot not in own_slots]
     # Take the slots that are furthest behind first.
     free = sorted((row for row in rows if row.owner not in live), key=lambda row: _position(row).floor)
@@ -210,7 +210,7 @@ def _live(connection: Connection, index: IndexKey, claimant: Claimant) -> set[st
 
 
 def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
-    """Reset the positions, so that the index is compared in full. The database was restored, or a standby promoted.
+    """Reset the positions after a restore or a change of cluster, so that the index is compared in full.
 
     The snapshots of another cluster mean nothing here, and snapshots of the future would hide every entry. Also, the
     transactions that were delivered last may not be in this database.
@@ -254,9 +254,9 @@ def _change(connection: Connection, index: IndexKey, slots: Collection[int], val
 
 
 def still_held(connection: Connection, index: IndexKey, owner: str, epochs: Mapping[int, int]) -> set[int]:
-    """Lock the slots in *epochs*, and return those slots that still have this epoch and *owner*.
+    """Lock the slots in *epochs*, and return the slots that still have this epoch and *owner*.
 
-    They cannot change hands until this transaction ends.
+    The returned slots cannot change hands until this transaction ends.
     """
     take_write_lock(connection)
     parameters = {**index.parameters(), "me": owner, "slots": slot_array(epochs)}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 _PAUSE_S = 1.0
-"""The interval of the calls. A relay cleans up once a minute, and more often while there is more."""
+"""The pause between two calls. Most calls do nothing: a relay cleans up once a minute, or while there is more to do."""
 
 
 class CleanUpThread:

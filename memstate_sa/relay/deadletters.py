@@ -22,7 +22,7 @@ from memstate_sa.relay.plan import ParkedState
 class DeadLetter:
     """A key that ``index`` refused ``attempts`` times.
 
-    It is tried again when its row changes, or by `Relay.retry_dead`. ``key`` is the primary key as a JSON array.
+    The key is tried again when its row changes, or by `Relay.retry_dead`. ``key`` is the primary key as a JSON array.
     ``error`` names types of errors, and shows no data of the fact.
     """
 
@@ -37,7 +37,7 @@ _full_name = parked.c.entity + parked.c.key
 
 
 def _dead(keys: Collection[str] | None) -> ColumnElement[bool]:
-    """The criterion of the dead keys among *keys*, which may have their entity before them as in log lines."""
+    """The criterion of the dead keys among *keys* (default: all). A key may follow its entity, as in log lines."""
     dead = and_(of_index(parked), parked.c.state == ParkedState.DEAD)
     names = select(unnest_strings("keys").c.value)
     return dead if keys is None else and_(dead, or_(parked.c.key.in_(names), _full_name.in_(names)))
@@ -70,4 +70,6 @@ def set_paused(connection: Connection, index: IndexKey, *, paused: bool) -> None
     take_write_lock(connection)
     statement = update(index_state).where(of_index(index_state)).values(paused=paused)
     if connection.execute(statement, index.parameters()).rowcount == 0:
-        raise MemstateError(f"Cannot pause or resume index {index.name!r}: it was never delivered to.")
+        raise MemstateError(
+            f"Cannot pause or resume index {index.name!r}: no relay has delivered to it yet. Run a relay first."
+        )

@@ -76,7 +76,7 @@ SAVE_EVERY_S = 0.5
 """On PostgreSQL, positions are recorded at most this often, because each update makes new versions of their rows."""
 
 _EVICTED = 1_000
-"""The number of vectors that one transaction deletes. It blocks the other writers of SQLite for ten ms."""
+"""The number of vectors that one transaction deletes. The transaction blocks other writers of SQLite for ten ms."""
 
 _READS = (Look, ReadPage, ReadDue, ReadRefill, Read)
 
@@ -107,7 +107,7 @@ class Delivery:
         self._reader: Connection | None = None
         self._unstored: dict[str, Vector] = {}  # vectors that are not in the database yet
         self._bookmark = Bookmark()
-        self._room = 0  # the number of vectors that may be stored before they are counted again
+        self._room = 0  # the number of vectors that may be stored before the next count
         database = database_of(engine)
         self._page_s = 0.0 if database.has_one_writer else SAVE_EVERY_S
         self.slot_worker = SlotWorker(
@@ -125,7 +125,7 @@ class Delivery:
     def _forked(self) -> None:
         """Become a new owner after a fork: slots, lease and open connection belong to the parent process."""
         if database_of(self._engine).runs_in_process:
-            self._end_reading()  # SQLite takes the locks of the parent's transaction for our own
+            self._end_reading()  # SQLite would believe that the locks of the parent's transaction are ours
         else:
             forks.leave_to_parent(self._reader)
         self._owner, self._key, self._reader = leases.new_owner(self), None, None
@@ -161,7 +161,7 @@ class Delivery:
         self._set_delivered(classes)
 
     def _set_delivered(self, entities: Collection[str]) -> None:
-        """Set the entities that we deliver, which may be fewer than we know."""
+        """Set the entities that we deliver: all or some of the entities that we track."""
         self._delivered, self._entities = list(entities), as_array(entities)
 
     def save(self) -> None:
@@ -200,7 +200,7 @@ class Delivery:
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
-        """Give consecutive reads the same transaction. Each statement sees all commits before its beginning."""
+        """Give consecutive reads the same transaction. Each statement sees all commits before the statement began."""
         with forks.uninterrupted():
             if self._reader is None:
                 self._reader = self._engine.connect()
@@ -212,7 +212,7 @@ class Delivery:
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
-        """Open a short transaction. If this process is suspended in the middle, the transaction ends with the lease."""
+        """Open a short transaction. If this process is suspended during it, the database ends it with the lease."""
         with forks.uninterrupted(), self._engine.begin() as connection:
             database_of(connection).limit_transaction(connection, self._lease_s)
             yield connection
@@ -283,7 +283,8 @@ class Delivery:
     def _do_release(self, request: Release) -> None:
         with self._writing() as connection:
             if request.leave:
-                claims.leave(connection, self._index_key, self._owner)  # before the slots: a claim locks in this order
+                # A claim locks the row of the index before the slots, so lock that row first here too.
+                claims.leave(connection, self._index_key, self._owner)
             own_slots = claims.still_held(connection, self._index_key, self._owner, request.epochs)
             positions = {slot: position for slot, position in request.positions.items() if slot in own_slots}
             claims.save_positions(connection, self._index_key, positions)
@@ -330,7 +331,10 @@ class Delivery:
             for entity, keys in by_entity(request.facts).items():
                 columns = self._tracked[entity].columns_for(connection.dialect)
                 impossible_keys = set(keys) - columns.possible(connection, keys).keys()
-                error = DeliveryRejected(f"No row of {columns.table.fullname} can have this key. Was its type changed?")
+                error = DeliveryRejected(
+                    f"No row of {columns.table.fullname} can have this key. Perhaps the type of the key column was "
+                    "changed. If so, call Relay.drop_dead()."
+                )
                 impossible.update(((entity, key), error) for key in impossible_keys)
                 for row in committed.project(connection, self._tracked[entity], keys, embedder):
                     if isinstance(row, Projection):
@@ -387,16 +391,19 @@ class Delivery:
     def _mark_page(self) -> None:
         """Write a mark to the database and the index before the page is written.
 
-        If the database is restored to an earlier state, the marks differ. So undelivered changes do not look delivered.
+        If the database is restored to an earlier state, the marks differ. So no undelivered change counts as delivered.
         """
         index, bookmark = self._index, self._bookmark
         if not keeps_mark(index) or (bookmark.is_begun and bookmark.index_has_mark):
             return
-        if not bookmark.is_begun:  # otherwise the index did not get the last mark: write that one first
+        if not bookmark.is_begun:  # otherwise the index did not get the last mark, which must be written first
             with self._writing() as connection:
                 past = marks.begin_page(connection, self._index_key)
             if not bookmark.sees(past):
-                raise DeliveryRetryable(f"Cannot write to index {self.name!r}: the database has been restored.")
+                raise DeliveryRetryable(
+                    f"Cannot write to index {self.name!r}: the database has been restored. The relay will compare the "
+                    "index with the tables, and try again."
+                )
             bookmark.begun(time.monotonic() + self._page_s)
         self._guarded(lambda: index.write_mark(str(bookmark.mark)))
         bookmark.index_has_mark = True
@@ -412,7 +419,7 @@ class Delivery:
             return
         call = call_beside(upsert, f"memstate-write-{self.name}")
         try:
-            with suppress(Exception):  # the next page is read again in its own turn, and an error is raised then
+            with suppress(Exception):  # the next page is read again in its own turn, which then raises the error
                 self._run(request.meanwhile(lambda: not call.done()))
                 self._store_vectors()
         finally:
@@ -421,7 +428,10 @@ class Delivery:
 
     @property
     def _in_process(self) -> bool:
-        """Whether the index runs in this process. Then it needs the interpreter, and a second thread gains nothing."""
+        """Whether the index runs in this process.
+
+        Then a second thread gains nothing, because the index and our code need the same interpreter lock.
+        """
         return getattr(self._index, "in_process", False)
 
     @_do.register

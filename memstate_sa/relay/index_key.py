@@ -30,8 +30,8 @@ class IndexKey(NamedTuple):
 def insert_rows(database: Database, table: Table, names: Sequence[str], *common: BindParameter[Any]) -> Any:
     """An INSERT of the parameter ``rows`` (`json_params.unnest_rows`) with the columns *names*.
 
-    It also needs the parameters of `of_index`. *common*: parameters that are the same in all rows, named like their
-    columns. An ON CONFLICT clause may follow.
+    The statement also needs the parameters of `of_index`. *common*: parameters that are the same in all rows, named
+    like their columns. An ON CONFLICT clause may follow.
     """
     rows, key = unnest_rows("rows"), ("index", "incarnation")
     values: dict[str, Any] = {name: bindparam(f"the_{name}", type_=table.c[name].type) for name in key}

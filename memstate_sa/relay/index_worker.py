@@ -23,7 +23,7 @@ _LONGEST_PAUSE_S = 0.1
 
 
 class IndexWorker:
-    """The delivery to one index. It lets in one thread at a time, and has its own thread in the background."""
+    """The delivery to one index, by one thread at a time: the caller's, or a background thread."""
 
     def __init__(self, engine: Engine, delivery: Delivery, breaker: Breaker, poll_s: tuple[float, float]) -> None:
         self.delivery = delivery
@@ -58,7 +58,7 @@ class IndexWorker:
                     self.delivery.save()
             except Exception as error:
                 if counters.converged > converged_before:
-                    self.breaker.succeeded()  # something was delivered before: count this failure as the first
+                    self.breaker.succeeded()  # keys were delivered before the failure: count it as the first
                 self._failed(error)
                 raise
             self.breaker.succeeded()
@@ -99,7 +99,7 @@ class IndexWorker:
         self.woken.set()
 
     def stop(self, deadline: float) -> None:
-        self.ask_to_stop()  # again, because start() may have been called in between
+        self.ask_to_stop()  # start() may have been called since the relay asked
         thread, self._thread = self._thread or self._unjoined_thread, None
         if thread is not None:
             thread.join(deadline)
@@ -110,7 +110,7 @@ class IndexWorker:
                     self.delivery.name,
                 )
                 return
-        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):  # otherwise a run_once() is running
+        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):  # run_once() may hold the lock
             try:
                 self._release()
             finally:

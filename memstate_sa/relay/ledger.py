@@ -1,4 +1,4 @@
-"""The ledger (the last delivery of each key to each index) and parked keys. Only the owner of a slot records keys."""
+"""The ledger (the last delivery of each key to each index) and parked keys. The owner of a slot records its keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from memstate_sa.relay.requests import Acknowledge, ParkedKey
 # Statements are built once. Building one takes longer than running it, and blocks the application's threads.
 _keys, _versions = unnest_strings("keys"), unnest_strings("versions")
 _entity: BindParameter[str] = bindparam("entity")
-# IN and not a join, because SQLite would read the whole ledger for each key.
+# Use IN instead of a join. For a join, SQLite would read the whole ledger for each key.
 _delivered = select(ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted).where(
     of_index(ledger), ledger.c.entity == _entity, ledger.c.key.in_(select(_keys.c.value))
 )
@@ -96,7 +96,7 @@ def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Ack
     _resolve(connection, index, {fact: version for fact, version in record.resolved.items() if is_ours(fact)})
     park_all(connection, index, {fact: parking for fact, parking in record.parking.items() if is_ours(fact)})
     if record.foreign:
-        # Keys of another Memory that shares this index, deleted keys too: they wait for the relay of that Memory.
+        # These keys (deleted keys too) belong to another Memory that shares this index. They wait for its relay.
         index_entities = refills.read_entities(connection, index)
         waiting = Parked(0, 0.0, ParkedState.AGAIN, "passed by")
         park_all(connection, index, {fact: waiting for fact in record.foreign if fact[0] in index_entities})
@@ -116,7 +116,7 @@ _RECORDED = ("entity", "key", "epoch", "fingerprint", "text_fingerprint", "delet
 
 @cache
 def _record(database: Database) -> Any:
-    """Record deliveries, except of keys that a later owner has delivered since."""
+    """The statement that records deliveries. It skips keys that a later owner has delivered since."""
     statement = insert_rows(database, ledger, _RECORDED, bindparam("at", type_=ledger.c.at.type))
     return statement.on_conflict_do_update(
         index_elements=list(ledger.primary_key.columns),
@@ -133,7 +133,7 @@ def _resolve(connection: Connection, index: IndexKey, resolved: Mapping[FactKey,
 
 
 def redirty(connection: Connection, index: IndexKey, facts: Mapping[FactKey, Parked]) -> None:
-    """Mark *facts* for another delivery, even if the ledger has their present fingerprint."""
+    """Park *facts*, so that they are delivered again even if the ledger has their present fingerprint."""
     take_write_lock(connection)
     park_all(connection, index, facts)
 
@@ -163,7 +163,7 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
     """
     replace, insert = _park(database_of(connection))
     version = uuid4().hex
-    facts: Collection[FactKey] = sorted(parking)  # sorted, because two relays may lock the same keys
+    facts: Collection[FactKey] = sorted(parking)  # the order prevents deadlocks of relays that lock the same keys
     while facts:
         old_rows = {fact: ParkedRow(*row) for fact, row in _of_facts(connection, _locked, index, facts)}
         now = database_now(connection)

@@ -131,7 +131,7 @@ class Relay:
     def drain(self, timeout: float = 30.0, *, progress: Callable[[int], None] | bool | None = None) -> int:
         """Deliver until every index holds all rows that are committed now. Return the number of keys.
 
-        It waits and tries again when a delivery fails, but it does not wait for parked keys, which an index refused.
+        This call tries again when a delivery fails, but it does not wait for parked keys, which an index refused.
         *progress* is called after every page and every wait, with the number of keys so far; True shows a progress bar.
         Raises DeliveryError after *timeout* seconds, with the last failure as its cause.
         """
@@ -146,7 +146,7 @@ class Relay:
 
     def _stop_unless_running(self) -> None:
         """Release the lease if no threads run, so that the next relay need not wait until it ends."""
-        with self._lock:  # so that start() cannot come between the check and the stop
+        with self._lock:  # start() must not come between the check and the stop
             if not self.is_running:
                 self.stop()
 
@@ -301,7 +301,7 @@ class Relay:
                 index_backlog = backlog.backlog(connection, key, _delivered_entities(classes))
                 own_projections = {entity: tracked.projection for entity, tracked in classes.items()}
                 foreign = projections.differing(connection, key, own_projections)
-            reason = "it is paused" if index_backlog.paused else "is another relay holding its lease?"
+            reason = "it is paused" if index_backlog.paused else "another relay may hold its lease"
             if foreign:
                 reason = f"a relay of another release delivers {', '.join(sorted(foreign))} in another projection"
             reasons.append(f"{index_backlog.pending} keys are pending for {name!r} ({reason})")
@@ -312,8 +312,8 @@ class Relay:
     def start(self) -> Self:
         """Run in daemon threads, one for each index.
 
-        Raises IndexMismatch, and MemstateError on an in-memory SQLite database. Such a database has one connection: a
-        transaction in the background would end the application's.
+        Raises IndexMismatch if another embedder has filled an index. Raises MemstateError on an in-memory SQLite
+        database: it has only one connection, and a background transaction would end the application's.
         """
         if is_in_memory(self._engine):
             raise MemstateError(
@@ -335,8 +335,8 @@ class Relay:
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> None:
         """Finish the current batch, and let other relays take over at once.
 
-        It waits at most *timeout* seconds. If a call of an index or embedder takes longer, a daemon thread finishes the
-        batch and releases the lease. Nothing is lost if the process ends before that.
+        This call waits at most *timeout* seconds. If a call of an index or embedder takes longer, a daemon thread
+        finishes the batch and releases the lease. Nothing is lost if the process ends before that.
         """
         deadline = time.monotonic() + timeout
         for worker in self._workers:
@@ -348,7 +348,7 @@ class Relay:
             if self._cleaner is not None:
                 self._cleaner.stop(deadline)
                 self._cleaner = None
-            with ExitStack() as stack:  # stops all workers, even if one raises
+            with ExitStack() as stack:  # this stops all workers, even if one raises
                 for worker in self._workers:
                     stack.callback(worker.stop, deadline)
 
@@ -361,13 +361,13 @@ class Relay:
         call()
 
     def wake(self) -> None:
-        """Read the database now, because something was committed."""
+        """Make the background threads read the database now, because something was committed."""
         for worker in self._workers:
             worker.woken.set()
 
     @property
     def is_running(self) -> bool:
-        """Whether it runs in the background."""
+        """Whether this relay runs in the background."""
         return self._cleaner is not None or any(worker.is_running for worker in self._workers)
 
     def __repr__(self) -> str:

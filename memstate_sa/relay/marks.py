@@ -69,9 +69,9 @@ class Past:
     def fits(self, kept: str | None, *, alone: bool) -> bool:
         """Whether an index that keeps the mark *kept* was filled from this past.
 
-        Such an index is never ahead. It may be some pages behind, because a relay may have ended after it wrote the
-        row, and before it wrote to the index. Only a relay that is *alone* can tell the distance: other relays would
-        begin pages at the same time.
+        Such an index is never ahead. The index may be some pages behind, because a relay may have ended after it wrote
+        the row, and before it wrote to the index. Only a relay that is *alone* can tell the distance: other relays
+        would begin pages at the same time.
         """
         if kept is None or kept == self.refused:  # the index keeps no marks, or it is being compared already
             return True
@@ -141,9 +141,9 @@ def compare(
 ) -> tuple[Past, bool]:
     """Compare the mark of *index* with its past. Return the past, and True if a new one has begun.
 
-    A new past begins if the index was filled from another past, or if the relay *went_back*: it has seen a later page.
-    *kept_mark* is the mark that the index had before this transaction. *alone*: no other relay lives. An index without
-    a mark fits a database that has just begun to count pages.
+    A new past begins if the index was filled from another past, or if the relay *went_back*. It has then seen a later
+    page than the database has. *kept_mark* is the mark that the index had before this transaction. *alone*: no other
+    relay lives. An index without a mark fits a database that has just begun to count pages.
     """
     first = {**index.values(), **beginning().values()}
     connection.execute(database_of(connection).upsert(past).on_conflict_do_nothing(), first)

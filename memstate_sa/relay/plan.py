@@ -24,8 +24,8 @@ class Delivered(NamedTuple):
 class PlannedWrite(NamedTuple):
     """A key to write to an index, with its projection, or None to delete its point.
 
-    ``same_text``: only metadata changed, so the index should have the vector of this text. It has it if the point's
-    fingerprint is ``ledger_fingerprint`` or the projection's.
+    ``same_text``: only metadata changed, so the index should have the vector of this text. The point has that vector if
+    its fingerprint is ``ledger_fingerprint`` or the fingerprint of the projection.
     """
 
     fact: FactKey

@@ -55,15 +55,15 @@ class _Page:
     written: dict[FactKey, Delivered] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     complete: bool = True
-    reads_ahead: bool = True  # False after reading ahead has failed
+    reads_ahead: bool = True  # becomes False when reading ahead fails
 
 
 @dataclass
 class _PageAhead:
     """A page that was read before its turn, while the index was writing the page before it.
 
-    It is used if slots and classes have not changed since. Keys that another page has delivered since are ``outdated``,
-    and their rows are read again.
+    The page is used if slots and classes have not changed since. Keys that another page has delivered since are
+    ``outdated``, and their rows are read again.
     """
 
     source: Source
@@ -94,7 +94,7 @@ class SlotWorker(SlotOwner):
     ) -> None:
         super().__init__(entities, slots=slots, lease_s=lease_s, save_every_s=save_every_s, clock=clock)
         self.max_batch = page_size
-        self.stopping = False  # set from outside: stop after the current batch
+        self.stopping = False  # callers set this, to stop the delivery after the current batch
         self.more = False  # whether the last delivery knows of more pages
         self._page_size = page_size
         self._policy = policy
@@ -113,7 +113,7 @@ class SlotWorker(SlotOwner):
         self.more = False
         ahead = self._ahead
         count = yield from self._deliver()
-        if self._ahead is ahead:  # it was not used in its turn
+        if self._ahead is ahead:  # the page was not used in its turn
             self._ahead = None
         return count
 
@@ -131,7 +131,8 @@ class SlotWorker(SlotOwner):
             present = (yield from self._claim()).present
         if len(self.epochs) > self._quota:
             yield from self._give_up_surplus()
-        self._merge_groups()  # only between pages: a slot that is claimed during a page must not move with it
+        # Merge groups only here: the position of a slot that is claimed during a page must not move with that page.
+        self._merge_groups()
         if state.paused or not self.epochs:
             yield from self._save_in_time(renewed)
             return None
@@ -213,9 +214,9 @@ class SlotWorker(SlotOwner):
     def _read_ahead(self, page: _Page, goes_on: Callable[[], bool]) -> Exchange[None]:
         """Embed the rest of *page*, then read and embed the next page, as long as *goes_on* returns True.
 
-        This may run while an `Upsert` of *page* is unanswered. It only reads and embeds, and changes neither slots nor
-        positions. So its reads are the same as reads just before that call. It ends before the lease must be renewed.
-        Errors are ignored: they occur again in the page's own turn.
+        The exchange may run while the index has not answered an `Upsert` of *page*. It changes neither slots nor
+        positions, so its result is the same as just before the `Upsert`. It ends before the lease must be renewed.
+        Errors are ignored, because they occur again in the page's own turn.
         """
         try:
             yield from self._embed_ahead(page.texts, goes_on)
@@ -259,7 +260,7 @@ class SlotWorker(SlotOwner):
         """
         epochs, facts, listed = dict(self.epochs), source.facts, source.listed
         state = yield from self._state_of(source)
-        # Report a change of a key that no row can have, by parking it. If the index only has a point of it, remove it.
+        # Park a changed key that no row can have, so that operators see it. If only the index has it, remove its point.
         refused = [fact for fact, parked in state.parked.items() if parked.attempts]
         changed = facts if source.move is not None else refused
         impossible = {fact: state.impossible[fact] for fact in changed if fact in state.impossible}
@@ -347,16 +348,17 @@ class SlotWorker(SlotOwner):
         intents = page.source.intents
         repeated = {fact for fact, parked in page.state.parked.items() if parked.deliver_again}
         landing = (repeated | set(intents)) & (page.written.keys() | page.failed.keys())
-        landing |= {fact for fact in intents if fact[0] not in self.entities}  # not delivered now: repeated later
+        # Intents of other entities are not delivered now, so they must be repeated too.
+        landing |= {fact for fact in intents if fact[0] not in self.entities}
         return landing.union(fact for fact, may_land in self._unsure.items() if may_land)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def _write(self, page: _Page, writes: Sequence[PlannedWrite]) -> Exchange[None]:
-        """Write to the index. Keys that it or the embedder refuses are found by bisection, and put in ``page.failed``.
+        """Write to the index. Bisection finds the keys that it or the embedder refuses, for ``page.failed``.
 
         Keys that failed before are written separately, so that bisection does not slow down the others. Raises
-        DeliveryRetryable.
+        DeliveryRetryable when the index or the embedder is unavailable.
         """
         for is_suspect in (False, True):
             of_group = [write for write in writes if (write.fact in page.state.parked) is is_suspect]
@@ -376,7 +378,7 @@ class SlotWorker(SlotOwner):
                         return
 
     def _may_continue(self, page: _Page) -> Exchange[bool]:
-        """Renew the lease before a long call, so that it outlasts the call. Return False if the relay is stopping."""
+        """Renew the lease if necessary, so that it outlasts the next call. Return False if the relay is stopping."""
         if self.stopping:
             page.complete = False
             return False
@@ -391,7 +393,7 @@ class SlotWorker(SlotOwner):
         return PointWrite(write.fact, epoch, _delivered(projection), point)
 
     def _embedded_writes(self, page: _Page, writes: Sequence[PlannedWrite]) -> Exchange[list[PointWrite]]:
-        """Embed the texts of *writes* where necessary. Return the writes without lost slots and refused texts."""
+        """Embed the texts of *writes* where necessary. Leave out writes of lost slots and of refused texts."""
         digests = {write.fact: _text_fingerprint(write) for write in writes}
         reusable = [write.fact for write in writes if write.same_text or write.fact in page.doubted]
         stored = (yield from ask(Fetch(reusable))) if reusable else {}
@@ -458,7 +460,7 @@ class SlotWorker(SlotOwner):
 def _isolate(
     items: Sequence[T], call: Callable[[Sequence[T]], Exchange[None]]
 ) -> Exchange[list[tuple[T, MemstateError]]]:
-    """Run *call* on *items*, and return the rejected items, which bisection finds."""
+    """Run *call* on *items*. Find the rejected items by bisection, and return them with their errors."""
     try:
         yield from call(items)
     except DeliveryRejected as error:
@@ -471,7 +473,7 @@ def _isolate(
 
 
 def _new_texts(writes: Iterable[PlannedWrite], doubted: Collection[FactKey]) -> dict[str, str]:
-    """The texts of *writes* whose vectors the index cannot have, by text fingerprint."""
+    """The texts of *writes* by text fingerprint, without the texts whose vectors the index may already have."""
     return {
         _text_fingerprint(write): write.projection.text or ""
         for write in writes

@@ -46,8 +46,8 @@ def require_refills(
 ) -> bool:
     """Start the refill of *entities* that are new or *changed*. Return whether points carry their entity.
 
-    Points carry it as soon as the index gets a second entity. Not before, because a field costs a tenth of the writing
-    rate in Chroma. All points are then written again, but not embedded again.
+    Points carry it only after the index gets a second entity, because the field makes writing to Chroma a tenth slower.
+    All points are then written again, but not embedded again.
     """
     database = database_of(connection)
     if changed:

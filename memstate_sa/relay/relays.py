@@ -42,7 +42,8 @@ class Relays:
         forks.in_child(self, Relays._make_lock)
 
     def _make_lock(self) -> None:
-        self._listing = threading.RLock()  # a relay that is made while a commit wakes the others would fail that commit
+        # Without this lock, a commit would fail if a relay is made while the commit wakes the other relays.
+        self._listing = threading.RLock()
 
     def make(
         self,
@@ -81,7 +82,7 @@ class Relays:
         """Wake the relays, those of other processes too: something is committed in *engine*'s database."""
         self.wake()
         if not database_of(engine).runs_in_process:
-            with contextlib.suppress(ImportError):  # of a driver that blocks: relays elsewhere find it by polling
+            with contextlib.suppress(ImportError):  # relays of other processes poll if no blocking driver is installed
                 self._notifier.committed(self._engines.for_threads(engine))
 
     # -- delivery ---------------------------------------------------------------------------------------------
@@ -100,7 +101,9 @@ class Relays:
         relay.drain(timeout)
         while self._is_due(engine):
             if time.monotonic() > deadline:
-                raise DeliveryError(f"Not delivered within {timeout:g} s. Is a relay stuck?")
+                raise DeliveryError(
+                    f"The changes were not delivered within {timeout:g} s. See memory.status() for the reason."
+                )
             relay.drain(timeout)
             time.sleep(0.02)
 
@@ -119,7 +122,7 @@ class Relays:
 
 
 def close_after(relays: Sequence[Relay], name: str, index: VectorIndex) -> None:
-    """Close *index* when none of *relays* uses it. Another process might open its folder beside a late write."""
+    """Close *index* when none of *relays* uses it, so that no other process opens its folder during a late write."""
     if relays:
         relays[0].after_stop(name, partial(close_after, relays[1:], name, index))
     else:

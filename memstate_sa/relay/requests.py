@@ -66,7 +66,7 @@ class Claimed(NamedTuple):
 class Claim(Request[Claimed]):
     """Renew the lease, and claim free slots up to our share.
 
-    ``epochs`` has the slots that we believe to have. ``went_back``: the database lacks changes that we have delivered.
+    ``epochs`` has the slots that we think are ours. ``went_back``: the database lacks changes that we have delivered.
     """
 
     epochs: Mapping[int, int]
@@ -160,7 +160,7 @@ class ReadRefill(Request[Refill | None]):
 class KeyPage(NamedTuple):
     """Keys of all slots, with the fingerprints that the index lists.
 
-    The next page begins after ``last``. It is None at the end.
+    The next page begins after ``last``, which is None at the end.
     """
 
     facts: Mapping[FactKey, str | None]
@@ -192,7 +192,7 @@ class PageState(NamedTuple):
 
     - ``truth``: the projections of their committed rows. A key without a row is absent.
     - ``failed``: keys that could not be projected.
-    - ``ledger``, ``parked``: their rows in these tables.
+    - ``ledger``, ``parked``: the rows of the keys in these tables.
     - ``impossible``: keys that no row can have. The index must hold nothing for them.
     """
 
@@ -246,7 +246,7 @@ class PointWrite(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Upsert(Request[None]):
-    """Write points. ``meanwhile``: requests that may run during the call, while the function they get returns True."""
+    """Write points. The requests of ``meanwhile`` may run during the call, until its argument returns False."""
 
     writes: Sequence[PointWrite]
     meanwhile: Callable[[Callable[[], bool]], Exchange[None]] | None = field(default=None, compare=False)
@@ -277,6 +277,6 @@ class Acknowledge(Request[frozenset[int]]):
 
 @dataclass(frozen=True, slots=True)
 class Redirty(Request[None]):
-    """Let the owner of these keys deliver them again, because our writes may reach the index after its writes."""
+    """Let the present owner of these keys deliver them again, because our late writes may undo the owner's writes."""
 
     facts: Mapping[FactKey, Parked]

@@ -56,9 +56,10 @@ class Retention:
     """The time for which rows are kept that delivery does not need. None means for ever.
 
     - ``log``: older changes of a row are folded into one baseline. History, undo and time travel end there.
-    - ``ledger``: the ledger of deleted rows.
-    - ``index``: the state of an index that no relay delivers to. After that, the index no longer keeps entries in the
-      outbox, and no longer delays vacuum. When a relay delivers to it again, it is compared with the tables in full.
+    - ``ledger``: the ledger rows of deleted facts.
+    - ``index``: the state of an index that no relay delivers to. After that, no outbox entries are kept for the index,
+      so that they no longer grow and delay VACUUM. If a relay delivers to the index again, the relay compares all
+      points with the tables.
     """
 
     log: timedelta | None = None
@@ -69,8 +70,8 @@ class Retention:
 def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
     """Delete up to *limit* outbox entries that every index has, oldest first. Return their number.
 
-    Entries of entities that are being refilled are kept: an index may be past such an entry and still lack its row.
-    Search reads the entry.
+    Entries of entities that are being refilled are kept. An index may have passed such an entry and still lack its row,
+    so a search needs the entry.
     """
     rows = connection.execute(select(cursor.c.snapshot, cursor.c.xid, cursor.c.position).distinct()).all()
     filling = set(connection.scalars(select(refill.c.entity).where(not_(refill.c.done)).distinct()))

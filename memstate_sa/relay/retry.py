@@ -40,11 +40,11 @@ class RetryPolicy:
 class Breaker:
     """The circuit breaker of one index: it limits the attempts while the index is unavailable.
 
-    It follows a Retry-After, up to the policy's longest delay.
+    The breaker obeys a Retry-After, up to the policy's longest delay.
     """
 
     def __init__(self, policy: RetryPolicy, jitter: Callable[[], float]) -> None:
-        self.failures = 0  # since the last success
+        self.failures = 0  # the number of failures since the last success
         self.open_until: float | None = None  # the time of the next attempt, while the breaker is open
         self._policy = policy
         self._jitter = jitter
@@ -67,7 +67,7 @@ class Breaker:
 
 
 def describe(error: BaseException) -> str:
-    """*error* for an operator: its types and our own message. A vendor's text is left out: it may quote the fact."""
+    """The types of *error*, and our own message, for an operator. A vendor's text is left out: it may quote a fact."""
     message = printable(str(error)[:500]) if isinstance(error, MemstateError) else ""
     cause = error.__cause__
     kinds = type(error).__name__ + (f" from {type(cause).__name__}" if cause is not None else "")

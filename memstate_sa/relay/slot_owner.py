@@ -14,13 +14,16 @@ from memstate_sa.relay.requests import Acknowledge, Claim, Claimed, Exchange, Re
 
 @dataclass(eq=False)
 class SlotGroup:
-    """Slots at the same position. The ledger is not trusted until the group reaches ``unsettled_until``."""
+    """Slots at the same position. The ledger is not trusted until the group reaches ``unsettled_until``.
+
+    ``has_passed_entries``: the group has passed outbox entries since its position was saved.
+    """
 
     slots: set[int]
     position: Position
     unsettled_until: Position | None
     saved_position: Position
-    has_passed_entries: bool = False  # since the position was saved
+    has_passed_entries: bool = False
 
     @property
     def is_unsaved(self) -> bool:
@@ -87,7 +90,7 @@ class SlotOwner:
         """Forget all slots. As after a crash, the next owner settles them."""
         self.epochs: dict[int, int] = {}
         self._groups: list[SlotGroup] = []
-        self._unsure: dict[FactKey, bool] = {}  # True if an unanswered call may still land
+        self._unsure: dict[FactKey, bool] = {}  # the value is True if an unanswered call may still land
         self._late: dict[FactKey, Parked] = {}
         self._filled = False
         self._marked = False
@@ -227,7 +230,7 @@ class SlotOwner:
             )
 
     def _save_in_time(self, renewed: bool) -> Exchange[None]:
-        """Save all changed positions when the lease is renewed, and positions that have passed entries sooner."""
+        """Save the changed positions when the lease is renewed, and sooner if a group has passed outbox entries."""
         if renewed or (self._clock() >= self._save_at and self._has_unsaved()):
             yield from self.save()
 

@@ -1,8 +1,8 @@
 """Strict delivery: the indexes are written before COMMIT, and their failure prevents it.
 
 The transaction may still roll back after that. So an intent is recorded first, in a place that no rollback can reach.
-It says that the points of these keys are uncertain. When the transaction has ended in any way, the relay finds the
-intent and delivers its keys. Until then, searches compare fingerprints, and so they do not show rows that SQL lacks.
+The intent says that the points of its keys are uncertain. When the transaction has ended in any way, the relay finds
+the intent and delivers its keys. Until then, searches compare fingerprints, so they do not show rows that SQL lacks.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class Strict:
     def write(self, session: Session, transaction: OpenTransaction) -> None:
         """Write the rows of *transaction* to the indexes. The transaction is flushed and about to commit.
 
-        It is rolled back at once if anything fails. Raises DeliveryError if an index or the embedder fails, or if the
-        intent cannot be recorded.
+        The transaction is rolled back at once if anything fails. Raises DeliveryError if an index or the embedder
+        fails, or if the intent cannot be recorded.
         """
         try:
             self._write(transaction)
@@ -111,7 +111,7 @@ class Strict:
             facts = [(entity, key) for entity, key in changed if entity in classes]
             if not facts:
                 return
-            # First do all that may fail without writing, because an intent costs the relay some work.
+            # Do everything that may fail before the intent is recorded, because an intent costs the relay some work.
             facts_of = {
                 name: [fact for fact in facts if name in classes[fact[0]].indexes] for name in self._destinations
             }
@@ -217,11 +217,11 @@ class Strict:
         with self._separate(engine).begin() as connection:
             database_of(connection).limit_transaction(connection, LOCK_TIMEOUT_S)
             add_intents(connection, tx, facts, the_xid=xid)
-            # Read them on this connection, because the transaction itself may have an older snapshot.
+            # Read the epochs on this connection, because the transaction itself may have an older snapshot.
             return {name: claims.read_slot_epochs(connection, key) for name, key in keys.items()}
 
     def committed(self, transaction: OpenTransaction) -> None:
-        """Drop the intent of *transaction*, which has committed. On SQLite, keep it while an outer one is open."""
+        """Drop the intent of a committed *transaction*. On SQLite, keep it while an outer transaction is open."""
         if transaction.has_intents:
             assert transaction.written_on is not None
             journal = self._journals.get(transaction.written_on.engine)
@@ -245,7 +245,7 @@ class Strict:
     # -- SQLite ------------------------------------------------------------------------------------------------------
 
     def watch(self, engine: Engine) -> None:
-        """Look for intents of ended transactions of any process, whenever *engine* is used."""
+        """Recover intents of ended transactions of any process, whenever *engine* is used."""
         if database_of(engine).has_one_writer and engine not in self._watched:
             self._watched.add(engine)
             listening.listen(engine, "engine_connect", self._connected)

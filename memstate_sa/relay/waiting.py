@@ -27,7 +27,7 @@ from memstate_sa.tracking.projection import Projection
 from memstate_sa.tracking.tracked import Tracked
 
 _FEW = 1000
-"""The greatest number of keys that are looked up in the ledger, which is newer than the recorded positions."""
+"""The greatest number of keys that are compared with the ledger, which is newer than the recorded positions."""
 
 _PATIENCE_S = 1.0
 """The interval between the slower checks."""
@@ -39,7 +39,7 @@ def wait_for(
     destinations: Mapping[str, tuple[Destination, Mapping[str, Tracked]]],
     timeout: float,
 ) -> None:
-    """Wait until all *destinations* have the changes of *txs*. They are given by name, with their tracked classes.
+    """Wait until all *destinations*, which are given by name with their tracked classes, have the changes of *txs*.
 
     Raises DeliveryError after *timeout* seconds, or when an index has refused a key too often.
     """
@@ -49,7 +49,8 @@ def wait_for(
         for wait in _unfinished(engine, tx, waits):
             if time.monotonic() > deadline:
                 raise DeliveryError(
-                    f"The changes have not reached index {wait.name!r} within {timeout:g} s. Is a relay running?"
+                    f"The changes have not reached index {wait.name!r} within {timeout:g} s. Check that a relay is "
+                    "running."
                 )
 
 
@@ -102,7 +103,7 @@ def _undelivered(database: Database) -> Any:
 
 @dataclass
 class _IndexWait:
-    """The wait for one index, whose entities are *tracked*."""
+    """The wait for one index, which gets the classes in ``tracked``."""
 
     name: str
     destination: Destination
@@ -125,8 +126,8 @@ class _IndexWait:
         """
         pending, refused = False, [] if facts is None else self._refused(connection)
         if facts is None or any(row.state == ParkedState.DEAD for row in refused):
-            pending = self._is_pending(connection)  # pending keys are tried again
-            # Read again after that: a key that was delivered in between is not refused.
+            pending = self._is_pending(connection)  # a dead key with a pending change is tried again
+            # Read the refusals after the pending changes: a change that was delivered in between ends a refusal.
             refused = self._refused(connection)
         dead = next((row for row in refused if row.state == ParkedState.DEAD), None)
         if dead is not None and not pending:

@@ -1,4 +1,4 @@
-"""Messages about commits, which wake relays before their next poll. They may get lost: a poll finds every commit.
+"""Messages about commits, which wake relays before their next poll. Messages may get lost: a poll finds every commit.
 
 On PostgreSQL, a NOTIFY inside the application's transactions would make all commits of the cluster wait for each other.
 So a thread sends it on its own connection, once for all commits of the last milliseconds.
@@ -51,7 +51,7 @@ class Notifier:
         forks.in_child(self, Notifier._begin)
 
     def _begin(self) -> None:
-        """Begin without a thread, also in a forked child. A new name lets the parent's relay see its messages."""
+        """Begin without a thread, also in a forked child. Its new name lets the parent's relay see its messages."""
         self.name = uuid4().hex
         self._lock = threading.Lock()
         self._has_news = threading.Event()
@@ -154,8 +154,8 @@ class Listener:
             try:
                 with contextlib.closing(_own_connection(self._engine)) as connection:
                     connection.execute(text(f"LISTEN {CHANNEL}"))
-                    self._wake()  # for commits before LISTEN
-                    self._listen(connection.connection.dbapi_connection)  # detached: it has no driver_connection
+                    self._wake()  # we got no message about commits before LISTEN
+                    self._listen(connection.connection.dbapi_connection)  # a detached one has no driver_connection
             except (SQLAlchemyError, OSError, self._engine.dialect.loaded_dbapi.Error) as error:
                 logger.debug("Could not LISTEN (%s).", type(error).__name__)
             self._stopping.wait(_RETRY_S)
@@ -193,7 +193,7 @@ class Changes:
         self._engine = engine
         self._connection: Any = None
         self._version: int | None = None
-        forks.in_child(self, Changes.close)  # SQLite would take the locks of the parent's connection for the child's
+        forks.in_child(self, Changes.close)  # SQLite would believe that the parent's locks are the child's
 
     def seen(self) -> bool:
         if not database_of(self._engine).runs_in_process:
@@ -205,7 +205,7 @@ class Changes:
         try:
             if self._connection is None:
                 self._connection = self._engine.connect()
-                self._connection.detach()  # so that it does not count in the application's pool
+                self._connection.detach()  # the connection must not count in the application's pool
             version: int = self._connection.execute(_DATA_VERSION).scalar_one()
             self._connection.rollback()
         except SQLAlchemyError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
-# C0 and C1 controls, line separators, the marks that reorder text, and surrogates, which no terminal can encode.
+# C0 and C1 controls, line separators, the characters that reorder text, and surrogates, which no terminal can encode.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

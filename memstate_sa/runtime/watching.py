@@ -29,7 +29,7 @@ class _Watched:
             for watcher in self.watchers:
                 watcher(context)
         except BaseException:
-            with suppress(Exception):  # after an interrupt, the connection is closed already
+            with suppress(Exception):  # an interrupt has closed the connection already
                 context.cursor.close()  # SQLAlchemy does the same when a listener raises
             raise
 

@@ -19,7 +19,7 @@ from memstate_sa.errors import MemstateError
 from memstate_sa.log import history
 from memstate_sa.log.changes import Change, Changes
 from memstate_sa.log.history import Moment
-from memstate_sa.options import SearchOptions, require_options
+from memstate_sa.options import HistoryOptions, SearchOptions, require_options
 from memstate_sa.relay.memory_parts import MemoryParts
 from memstate_sa.runtime.calls import Call, call_directly, call_in_thread
 from memstate_sa.search.hits import Hits
@@ -117,7 +117,7 @@ class SearchMethods(MemoryParts):
     def _search(
         self, call: Call, session: Session, query: str, target: Any, limit: int, options: SearchOptions
     ) -> Hits[Any]:
-        require_options("search", options, SearchOptions, "query", "target", "limit")
+        require_options(SearchMethods.search, options, SearchOptions)
         return self._searcher.search(call, session, target, Query(query, limit, **options))
 
     # -- history -------------------------------------------------------------------------------------------------------
@@ -125,21 +125,19 @@ class SearchMethods(MemoryParts):
     def history(
         self,
         session: SyncSession,
+        /,
         model_or_instance: object = None,
         key: Any = None,
-        *,
-        actor: str | None = None,
-        session_id: str | None = None,
-        limit: int | None = None,
+        **options: Unpack[HistoryOptions],
     ) -> Changes:
         """The changes of a fact, oldest first: ``history(session, instance)`` or ``history(session, Model, key)``.
 
         A class without a key gives the changes of all its facts. Without a class, all changes are returned. A composite
         key is a tuple.
 
-        *actor*, *session_id*: only changes with this label.
-        *limit*: only the newest changes, at most this number.
+        *options*: see `HistoryOptions`.
         """
+        require_options(SearchMethods.history, options, HistoryOptions)
         model = model_or_instance if model_or_instance is None else type(model_or_instance)
         if isinstance(model_or_instance, type):
             model = model_or_instance
@@ -157,9 +155,7 @@ class SearchMethods(MemoryParts):
                 self._registry,
                 entity=None if model is None else tracked.entity,
                 key=None if key is None else history.stored_key(connection, tracked, key),
-                actor=actor,
-                session_id=session_id,
-                limit=limit,
+                **options,
             )
         )
 
@@ -199,9 +195,9 @@ class SearchMethods(MemoryParts):
             yield session
 
     def diff(self, session: SyncSession, a: Moment, b: Moment | None = None, model: type[Any] | None = None) -> Changes:
-        """The difference between moment *a* and moment *b* (default: now), as one change a fact.
+        """The difference between moment *a* and moment *b* (default: now), as one change per fact.
 
-        Facts that are the same at both moments are left out. Labels and ids are those of the fact's last change.
+        Facts that are the same at both moments are left out. A change has the labels and ids of the fact's last change.
         *model*: only facts of this class.
         """
         classes = [self._registry.of_whole(model)] if model is not None else list(self._registry.by_entity.values())

@@ -98,7 +98,7 @@ def _shown_values(fact: object) -> dict[str, str]:
 
 
 def _loaded(fact: object) -> tuple[str, dict[str, Any]]:
-    """The class and the column values of *fact* that are in memory: a look must not ask the database."""
+    """The class and the column values of *fact* that are in memory, because a repr must not query the database."""
     state: Any = inspect(fact, raiseerr=False)
     if state is None or not hasattr(state, "mapper"):
         return shortened(fact), {}

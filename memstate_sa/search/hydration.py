@@ -62,7 +62,7 @@ class Hydration:
             rows_of_several_tables = self._read_from_several_tables(connection, batch)
             for row in rows:
                 key = encode_key(row[1 : 1 + width])
-                if key not in possible:  # the type of the key was changed: SQLite then finds "1" by 1
+                if key not in possible:  # the key column's type was changed: SQLite then finds the row of "1" by 1
                     self.reasons[Incomplete.IMPOSSIBLE_KEY] = None
                 try:
                     projection = self._tracked.project(key, rows_of_several_tables.get(key, row[1 + width :]), embedder)
@@ -72,7 +72,7 @@ class Hydration:
                     self.rows[key] = HydratedRow(row[0], projection)
 
     def _read_from_several_tables(self, connection: Connection, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
-        """The projected columns of *keys*, if a fact has rows in several tables. The statement may select only one."""
+        """The projected columns of *keys* from all tables of a fact, if it has several. The statement may lack some."""
         return committed.read(connection, self._tracked, keys) if self._tracked.is_projected_of_many else {}
 
 
@@ -93,5 +93,5 @@ def _hydration_statement(statement: Select[Any], tracked: Tracked, columns: Tabl
 def keys_of(statement: Select[Any], columns: TableColumns) -> Select[Any]:
     """The keys of all facts that *statement* selects."""
     keys = statement.with_only_columns(*raw_key_columns(columns), maintain_column_froms=True).order_by(None).distinct()
-    keys._for_update_arg = None  # noqa: SLF001  # PostgreSQL locks no DISTINCT rows; hydrating locks them
+    keys._for_update_arg = None  # noqa: SLF001  # PostgreSQL cannot lock DISTINCT rows; hydration locks them
     return keys

@@ -50,8 +50,8 @@ def read_overlay(
     # During a refill, no position helps, because rows are delivered from the table.
     position, complete = (coverage.position, True) if coverage.filled else (None, False)
     keys: list[str] = []
-    # Read all entries in one statement, and before the refused keys: a key may be refused, and its entry deleted, in
-    # between.
+    # Read all entries in one statement, before the refused keys. Between the two reads, an index may refuse a key, and
+    # its entry may be deleted.
     is_caught_up = database_of(connection).has_one_writer and position is not None and position.id >= coverage.newest_id
     if not is_caught_up:
         parameters: dict[str, Any] = {"entity": entity, "own_tx": own_tx, "limit": _RECENT}

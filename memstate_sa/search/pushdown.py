@@ -29,8 +29,9 @@ _MOST_VALUES = 100
 def push_down(tracked: Tracked, criteria: Sequence[ColumnElement[bool]], comparable: Comparable) -> Filter | None:
     """The index filter that selects exactly the rows that match all *criteria*, or None if there is no such filter.
 
-    There is one for whole numbers, booleans, and strings with eq and in, which do not depend on the default collation.
-    None matches nothing, both in SQL and in an index. Criteria with very many values have no filter.
+    Whole numbers have a filter for every comparison. Booleans and strings have one for ``==`` and ``in_()``, which do
+    not depend on the default collation. None matches nothing, both in SQL and in an index. Criteria with very many
+    values have no filter.
     """
     if sum(map(_size, criteria)) > _MOST_VALUES:
         return None

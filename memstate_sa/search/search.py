@@ -59,7 +59,7 @@ _MISMATCH_LIMIT = 100
 """The greatest number of hits with another fingerprint than their row that are checked again."""
 
 _LARGEST_QUERY = 1 << 20
-"""The greatest number of points in a query. An index fails or finds nothing if the number exceeds its integers."""
+"""The greatest number of points in a query. An index fails or finds nothing if its integers cannot hold the number."""
 
 _TIES = 10_000
 """The greatest number of facts at the last hit's distance that are sorted. If there are more, the index chooses."""
@@ -186,7 +186,8 @@ class Search:
             farthest = matches[-1].distance if matches else 2.0
             if is_exhausted or (max_distance is not None and farthest > max_distance):
                 return hits
-            # An index returns facts at the same distance in any order. We sort them by key, so that pages fit together.
+            # An index returns facts at the same distance in any order. We sort them by key, so that a search with a
+            # larger limit begins with the same hits.
             last_distance = hits[-1][0] if len(hits) == limit else math.inf
             if last_distance < farthest - _ROUNDING_ERROR or (last_distance <= farthest and size > limit + _TIES):
                 return hits
@@ -206,9 +207,9 @@ class Search:
         return np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
 
     def _check_mismatches(self, keys: set[str]) -> None:
-        """Warn if the index has other content of *keys* than their rows, and no change of them waits for delivery.
+        """Warn if the index has other content for *keys* than their rows, although all their changes are delivered.
 
-        Then the text= function was changed, or the index has drifted. The index may also lack other keys.
+        The cause is a changed text= function, or drift of the index. The index may also lack other keys.
         """
         keys.difference_update(self._undelivered_keys())
         if not keys or not self._is_complete:
@@ -256,21 +257,22 @@ class Search:
         return overlay.keys
 
     def _no_keys(self) -> list[str]:
-        """An empty list, without a search for undelivered keys. Hits are complete if all rows were delivered once."""
+        """The overlay of a search that is not ``fresh``: no keys. Hits are complete if all rows were delivered once."""
         coverage = self._coverage = self._read_coverage(self._connection(), self._index_key())
         if not coverage.filled:
             self._reasons[Incomplete.FILLING] = None
         return []
 
     def _read_coverage(self, connection: Connection, index: IndexKey) -> EntityCoverage:
-        """The coverage of the index. If it was filled from another past or projection, it counts as not filled.
+        """The coverage of the index. ``filled`` is False if the index was filled from another past or projection.
 
-        This is checked here, because perhaps no relay has noticed it yet.
+        Each search compares past and projection itself, because perhaps no relay has noticed the difference yet.
         """
         coverage = read_entity_coverage(connection, index, self._tracked.entity)
         if coverage.past is not None and not self._opened.is_of(coverage.past):
             self._opened_indexes.pop(self.name, None)
-            self._open()  # reads the index's mark before the database's: relays write them in the other order
+            # Relays write a mark to the database first, so read the index's mark first.
+            self._open()
             coverage = read_entity_coverage(connection, index, self._tracked.entity)
         if coverage.past is not None and not self._opened.is_of(coverage.past):
             self._opened_indexes.pop(self.name, None)
@@ -329,7 +331,7 @@ class Search:
         self._hydration.load(keys, self._connection(), self._vectors.embedder.fingerprint)
 
     def _measure(self, query: Vector, matches: Mapping[str, Match], undelivered: Sequence[str], *, fresh: bool) -> None:
-        """Set the distances of rows: the index's distance if it has the row's fingerprint. Other rows are embedded."""
+        """Set the distances of rows. If the index has the row's fingerprint, use its distance. Else embed the row."""
         unmeasured: dict[str, Projection] = {}
         for key in (*undelivered, *matches):
             row = self._hydration.rows.get(key)
@@ -357,13 +359,13 @@ class Search:
                 self._set_distance(key, projection, cosine_distance(query, vector))
 
     def _set_distance(self, key: str, projection: Projection, distance: float) -> None:
-        """Set the distance of a key. Facts with the same text get exactly the same one: then keys decide the order."""
+        """Set the distance of a key. Facts with the same text get exactly the same distance, so keys order them."""
         self._distances[key] = self._distances_of_texts.setdefault(projection.text_fingerprint, distance)
 
     def _embed(self, texts: Mapping[str, str]) -> dict[str, Vector]:
-        """Embed *texts*. Return the vectors, without refused texts, and none if the embedder is unavailable.
+        """Embed *texts*, and return their vectors. Refused texts have none. If the embedder is unavailable, return {}.
 
-        They are kept in this process, where a relay can find them, because a search writes nothing to the database.
+        The vectors are kept in this process, where a relay can find them: a search writes nothing to the database.
         """
         if not texts:
             return {}
@@ -391,7 +393,7 @@ def resolve_target(registry: Registry, target: Any) -> tuple[Select[Any], Tracke
         tracked = registry.of(target)
         return (tracked.select_all if target is tracked.model else select(target)), tracked
     if not isinstance(target, Select):
-        raise MemstateError(f"Cannot search {target!r}: it is neither a tracked class nor a select() of one.")
+        raise MemstateError(f"Cannot search {target!r}. Give a tracked class, or a select() of one.")
     columns = target.column_descriptions
     if len(columns) != 1 or columns[0]["type"] is not columns[0]["expr"]:
         raise MemstateError(

@@ -26,7 +26,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 
 class Searcher:
-    """Search for one Memory."""
+    """Runs the searches of one Memory."""
 
     def __init__(
         self,

@@ -64,7 +64,7 @@ class Succession:
         """The index that searches of *name* ask: *name* itself, or the successor that has replaced it.
 
         A successor that was lost or emptied since the switch does not count. Searches ask the old index until the
-        successor is filled, and replaces it again.
+        successor is filled and has replaced it again.
         """
         while name in self._successors:
             switch = connection.execute(_switched, {"index": name}).one_or_none()
@@ -92,4 +92,6 @@ def check_successors(successors: Mapping[str, str], indexes: Mapping[str, object
             seen.add(last)
             last = successors[last]
         if last in seen:
-            raise MemstateError(f"Circle in successors={dict(successors)!r}: {last!r} would be its own successor.")
+            raise MemstateError(
+                f"Cannot use successors={dict(successors)!r}: {last!r} would be its own successor. Remove this circle."
+            )

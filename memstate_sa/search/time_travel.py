@@ -1,7 +1,7 @@
 """Time travel: a read-only Session in which tracked classes have the rows of a moment.
 
-On the Session's own connection, a temporary table with the same name hides each tracked table. It is filled from the
-log. So any select() works, in the database's own dialect, and returns ordinary instances.
+On the Session's own connection, a temporary table with the same name hides each tracked table. The temporary table is
+filled from the log. So any select() works, in the database's own dialect, and returns ordinary instances.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def take_criteria(past: PastSession, session: Session) -> None:
 def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Iterator[PastSession]:
     """A Session in which the classes of *tracked* have the rows of the moment *at*. Other tables are unchanged.
 
-    It uses one connection in one snapshot. It takes the time and space for writing these rows once.
+    The Session uses one connection and one snapshot. To open it takes as much time and space as to write these rows.
     """
     database = database_of(engine)
     if is_in_memory(engine):
@@ -93,7 +93,7 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
 
 
 Rows: TypeAlias = dict[TableColumns, list[Sequence[Any]]]
-"""Raw values for the driver, by table, in the order of `stored_columns`."""
+"""Rows of driver-level values, by table. Each row has the order of `stored_columns`."""
 
 
 def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
@@ -152,9 +152,9 @@ def _hide(connection: Connection, columns: TableColumns, rows: Sequence[Sequence
 
 
 def _wide(type_: TypeEngine[Any]) -> TypeEngine[Any]:
-    """A type that also holds older values, from before the column's type was changed.
+    """A type that also holds values from before the column's type was changed: BIGINT for all integers.
 
-    It has no fewer bits. In SQLite, it is no alias of rowid.
+    In SQLite, a BIGINT primary key is no alias of rowid, so it also holds values that are no integers.
     """
     return BigInteger() if isinstance(type_, Integer) else type_
 

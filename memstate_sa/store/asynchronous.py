@@ -29,7 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _THREADS = 8
-"""The most calls that run at once, without those in transactions. Each may need a connection of the engine's pool."""
+"""The most calls outside of transactions that run at once. Each may need a connection of the engine's pool."""
 
 
 def in_thread(
@@ -55,7 +55,7 @@ def directly(method: Callable[Concatenate[MemoryStore, P], R]) -> Callable[Conca
 
 
 class AsyncMemoryStore:
-    """A `MemoryStore` for asyncio. It has the same options and the same methods, to be awaited.
+    """A `MemoryStore` for asyncio. It has the same options and the same methods, but callers await them.
 
     Only `register_schema` is not awaited, because it does not block.
 
@@ -130,7 +130,9 @@ class AsyncMemoryStore:
     async def run_sync(
         self, function: Callable[Concatenate[MemoryStore, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Call *function* with the `MemoryStore` in a thread, and return its result. It joins this task's transaction.
+        """Call *function* with the `MemoryStore` in a thread, and return its result.
+
+        The call joins the open transaction of this task, if there is one.
 
         ::
 
@@ -157,9 +159,10 @@ class AsyncMemoryStore:
                 await store.delete(old_id)
                 await store.commit(Fact(type="note", payload={"content": "likes tea"}))
 
-        It belongs to the task that began it. Tasks that are created inside of the block get MemstateError until it
-        ends, those of ``asyncio.gather`` too. If a call in the block is cancelled, by ``asyncio.timeout`` for example,
-        the whole transaction rolls back, and raises MemstateError unless the block raises.
+        The transaction belongs to the task that began it. Calls in tasks that the block creates raise MemstateError
+        until the block ends. ``asyncio.gather`` creates such tasks too. If a call in the block is cancelled, by
+        ``asyncio.timeout`` for example, the whole transaction rolls back. The block then raises MemstateError, unless
+        it raises another error.
         """
         outer, blocks = _block_of(self), _blocks.get()
         thread = ThreadPoolExecutor(1, "memstate-transaction") if outer is None else outer.thread
@@ -215,7 +218,7 @@ class _LateStore(MemoryStore):
 
 @dataclass(eq=False)
 class _TransactionBlock:
-    """An ``async with store.transaction()`` that has begun. All its calls run in one *thread*, which joins them."""
+    """An ``async with store.transaction()`` that has begun. All its calls run in one *thread*, so that they join it."""
 
     store: AsyncMemoryStore
     task: asyncio.Task[Any] | None

@@ -48,7 +48,8 @@ class MaintenanceMethods(StoreParts):
     def erase(self, id: str, *, reason: str | None = None) -> int:
         """Erase fact *id*, its images in the history and its vectors. No undo brings it back; see `Memory.erase`.
 
-        Returns how many entries of the log were redacted. Raises NotFound. Call `purge` to rewrite the files too.
+        Returns the number of redacted entries of the log. Raises NotFound if there never was such a fact. Call `purge`
+        to rewrite the files too.
         """
         check_id(id)
         with self.transaction() as session:
@@ -87,12 +88,12 @@ class MaintenanceMethods(StoreParts):
             return self.memory.status(engine)
 
     def verify(self, *, repair: bool = False, progress: ProgressOption = None) -> DriftReport:
-        """Compare every index with the facts, by content; see `Memory.verify`. *repair* mends them."""
+        """Compare every index with the facts, by content; see `Memory.verify`. *repair* mends the indexes."""
         with self._using_engine() as engine:
             return self.memory.verify(engine, repair=repair, progress=progress)
 
     def doctor(self, *, repair: bool = False, rows: bool = True, progress: ProgressOption = None) -> Diagnosis:
-        """Compare the log with the facts, and look for missing tables and triggers; see `Memory.doctor`."""
+        """Compare the log with the facts, and find missing tables and triggers; see `Memory.doctor`."""
         with self._changing_by_engine() as engine:
             return self.memory.doctor(engine, repair=repair, rows=rows, progress=progress)
 
@@ -106,7 +107,7 @@ class MaintenanceMethods(StoreParts):
             return self.memory.backfill(engine, Fact, **options)
 
     def reindex(self, index: str | None = None, *, timeout: float = math.inf, progress: ProgressOption = None) -> str:
-        """Fill the successor of *index*, then have all searches use it. Returns its name.
+        """Fill the successor of *index*, then have all searches use it. Returns the successor's name.
 
         Give the store ``successors=``. *index* can be left out if only one index has a successor. See `Memory.reindex`.
         """
@@ -114,7 +115,7 @@ class MaintenanceMethods(StoreParts):
             return self.memory.reindex(engine, index, timeout=timeout, progress=progress)
 
     def reindex_back(self, index: str | None = None) -> str:
-        """Have all searches use *index* again, and not its successor. Returns its name."""
+        """Have all searches use *index* again, and not its successor. Returns the name of *index*."""
         with self._using_engine() as engine:
             return self.memory.reindex_back(engine, index)
 

@@ -45,7 +45,7 @@ class StoreParts:
     def transaction(self, **labels: Unpack[Labels]) -> Iterator[Session]:
         """Make several calls one SQL transaction: all of them take effect, or none.
 
-        Calls in the same thread join it. A call that raises leaves nothing of its own. Catch its error to go on with
+        Calls in the same thread join the transaction. A call that raises writes nothing. Catch its error to go on with
         the other calls.
 
         ::
@@ -57,13 +57,14 @@ class StoreParts:
         In a coroutine, use `AsyncMemoryStore`. If this transaction is open across an ``await``, it belongs to its
         asyncio task. Other tasks of the same thread get MemstateError until it ends.
         """
-        require_options("transaction", labels, Labels)
+        require_options(StoreParts.transaction, labels, Labels)
         check_texts(**labels)
         open_session = current_session(self.memory, self.engine)
         if open_session is not None:
             with open_session.begin_nested():
                 yield open_session
-            self.memory.annotate(open_session, **labels)  # at the end: a call that failed leaves no labels either
+                open_session.flush()  # a call that fails leaves no labels, and wrong labels leave no changes
+                self.memory.annotate(open_session, **labels)
             return
         self._open()
         with self._alone():
@@ -121,7 +122,7 @@ class StoreParts:
             logger.warning("not delivered yet: %s", error if isinstance(error, DeliveryError) else type(error).__name__)
 
     def _open(self) -> None:
-        """Connect, unless that is done. Raises MemstateError after `close`."""
+        """Connect at the first call. Raises MemstateError after `close`."""
         if self._closed:
             raise MemstateError("This MemoryStore is closed. Make another one.")
         if not self._is_connected:

@@ -33,6 +33,9 @@ class ReadingMethods(StoreParts):
     ) -> list[Fact]:
         """The facts of a type and of a session whose payload fields equal *filters*, oldest first.
 
+        *session_id* is the fact's own column, from ``Fact(session_id=…)`` or ``commit(…, session_id=…)``. For the facts
+        that a transaction with this label has changed, call `history`.
+
         ::
 
             notes = store.query("note", {"user": "ada"}, session_id="chat-1")
@@ -60,7 +63,7 @@ class ReadingMethods(StoreParts):
             for hit in store.search("what does Ada drink?", filters={"user": "ada"}):
                 print(hit.fact.payload, hit.score)
         """
-        require_options("search", options, SearchOptions, "query", "limit", "filters", "type", "session_id")
+        require_options(ReadingMethods.search, options, SearchOptions)
         with self._reading() as session:
             target = self._selecting(type, filters, session_id)
             return self.memory.search(session, query, target, limit=limit, **options)
@@ -89,6 +92,9 @@ class ReadingMethods(StoreParts):
     ) -> Changes:
         """The changes of fact *id*, or of all facts, oldest first.
 
+        Items of a MemStateStore are left out: ``store.memory.history(session)`` has them too. `revoke` and `rollback`
+        undo changes of both.
+
         *actor*, *session_id*: only changes with this label.
         *limit*: only the newest changes, at most this number.
         """
@@ -100,7 +106,7 @@ class ReadingMethods(StoreParts):
     def as_of(self, id: str, at: Moment) -> Fact | None:
         """A copy of fact *id* as it was at a time, or after a transaction (``Change.tx``).
 
-        None: there was no such fact. Raises HistoryMissing for an erased fact.
+        Returns None if there was no such fact then. Raises HistoryMissing for an erased fact.
 
         ::
 
@@ -113,11 +119,14 @@ class ReadingMethods(StoreParts):
         return None if values is None else Fact(**values)
 
     def diff(self, a: Moment, b: Moment | None = None) -> Changes:
-        """The difference between two moments (*b*: now), as one change for each fact; see `Memory.diff`."""
+        """The difference between two moments (*b*: now), as one change for each fact; see `Memory.diff`.
+
+        Items of a MemStateStore are left out: ``store.memory.diff(session, a, b)`` has them too.
+        """
         with self._reading() as session:
             return self.memory.diff(session, a, b, Fact)
 
     def token(self, id: str) -> str | None:
-        """The transaction that changed fact *id* last, for `wait` in any process. None: there never was such a fact."""
+        """The transaction that changed fact *id* last, for `wait` in any process. None if no such fact ever existed."""
         changes = self.history(id, limit=1)
         return changes[0].tx if changes else None

@@ -35,11 +35,11 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
     *index*: a `VectorIndex`, which is then named "memory", or several by name. Without an index there is no search.
     *options*: see `StoreOptions`.
 
-    It creates its tables, and a relay in a background thread keeps the index up to date. It is thread-safe. Close it,
-    or use it as a context manager. The facts that it returns are detached, so they stay usable after it is closed.
+    A store creates its tables, and its relay in a background thread keeps the index up to date. A store is thread-safe.
+    Close it, or use it as a context manager. The facts that it returns are detached, so they stay usable afterwards.
     ``.memory``, ``.engine`` and ``.relay`` are its `Memory`, its Engine and its `Relay`.
 
-    Raises MemstateError for a URL that does not connect, IndexMismatch for an index of another embedder.
+    Raises MemstateError if the URL does not connect, and IndexMismatch if another embedder has filled the index.
 
     ::
 
@@ -56,7 +56,7 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
         index: VectorIndex | Mapping[str, VectorIndex] | None = None,
         **options: Unpack[StoreOptions],
     ) -> None:
-        require_options("MemoryStore", options, StoreOptions)
+        require_options(MemoryStore, options, StoreOptions)
         names = MemoryOptions.__annotations__
         memory_options = {name: value for name, value in options.items() if name in names}
         self.memory = Memory(index, **cast("MemoryOptions", memory_options))

@@ -43,14 +43,15 @@ class WritingMethods(StoreParts):
 
         An *ephemeral* fact lives until its session is promoted or discarded, so it needs a *session_id*.
 
-        The fact is deleted after *ttl*, or at its ``expires_at``. A running relay does it within a minute. A time must
-        be an aware datetime.
+        The fact expires after *ttl*, or at its ``expires_at``, an aware datetime. A running relay deletes expired facts
+        within a minute.
 
-        A fact with the same ``unique_by`` values is updated instead: it gets the payload and the expiry. An ephemeral
-        one becomes durable, and belongs to this session. An expired one is replaced by a new fact.
+        If an older fact has the same ``unique_by`` values, this call updates the older fact instead: it gets the
+        payload and the expiry. An ephemeral older fact becomes durable, and belongs to this session. An expired one is
+        replaced by a new fact.
 
-        Raises ValidationFailed, with Pydantic's errors, when the schema refuses the fact. Raises ConflictError when an
-        ephemeral fact would replace a durable one, or one of another session. Nothing is written then.
+        An error writes nothing. Raises ValidationFailed, with Pydantic's errors, if the schema refuses the fact. Raises
+        ConflictError if an ephemeral fact would replace a durable fact, or a fact of another session.
 
         ::
 
@@ -77,7 +78,7 @@ class WritingMethods(StoreParts):
             values["id"] = fact.id
         if values["expires_at"] is not None:
             in_utc(values["expires_at"], "expires_at")
-        # First of all: the unique values of an invalid payload cannot be read.
+        # Validate first, because the unique values of an invalid payload cannot be read.
         self._types.require_valid(values)
         with self.transaction(**labels) as session:
             return self._add(session, values)
@@ -92,7 +93,7 @@ class WritingMethods(StoreParts):
         for _ in range(_UNIQUE_ATTEMPTS):
             existing = None if unique_values is None else self._fact_with(session, unique_values)
             if existing is not None and existing.expires_at is not None and existing.expires_at <= utcnow():
-                session.delete(existing)  # expired, though not swept yet: it must not block the new fact
+                session.delete(existing)  # an expired fact that is not swept yet must not block the new fact
                 session.flush()
             elif existing is not None:
                 self._replace(session, existing, values)
@@ -136,8 +137,8 @@ class WritingMethods(StoreParts):
         values = None if fact is None else {"type": fact.type, "payload": fact.payload}
         if values is None or self._types.unique_values(values) == unique_values:
             return fact
-        # Its values differ for one of two reasons. Another transaction changed them while we waited for the lock. Or
-        # its type was registered with another unique_by before: then the fact still owns the values.
+        # The fact's values differ for one of two reasons. Another transaction changed them while we waited for the
+        # lock. Or its type was registered with another unique_by before: then the fact still owns the values.
         return fact if session.scalar(owner_key) == key else None
 
     @staticmethod
@@ -154,7 +155,8 @@ class WritingMethods(StoreParts):
 
         The payload is JSON that the class reads back as the same model. Computed and excluded fields are left out.
 
-        Raises ValidationFailed when the class would read another model, as with an alias that is only a path.
+        Raises ValidationFailed if the class would read another model from this JSON. The cause may be a field whose
+        alias is only a path.
         """
         fact_type = self._types.name_of(type(model))
         payload = payload_of(model)
@@ -172,7 +174,9 @@ class WritingMethods(StoreParts):
         return fact_id
 
     def update(self, id: str, patch: Mapping[str, Any], **labels: Unpack[Labels]) -> str:
-        """Merge ``patch["payload"]`` into the payload of fact *id*, and return the id. Raises NotFound.
+        """Merge ``patch["payload"]`` into the payload of fact *id*, and return the id.
+
+        Raises NotFound if there is no fact *id*.
 
         ::
 
@@ -191,7 +195,10 @@ class WritingMethods(StoreParts):
         return id
 
     def delete(self, id: str, **labels: Unpack[Labels]) -> str:
-        """Delete fact *id*, and return the id. Its history stays, and `rollback` brings it back. Raises NotFound."""
+        """Delete fact *id*, and return the id. Its history stays, and `rollback` brings the fact back.
+
+        Raises NotFound if there is no fact *id*.
+        """
         with self.transaction(**labels) as session:
             session.delete(self._existing(session, id))
             session.flush()

@@ -53,7 +53,7 @@ def project(
     for key, row in read(connection, tracked, keys).items():
         try:
             yield tracked.project(key, row, embedder)
-        except Exception as error:  # noqa: BLE001  # the function is the application's, and one bad row stops no other
+        except Exception as error:  # noqa: BLE001  # one row must not stop the others
             yield key, error
 
 
@@ -73,9 +73,9 @@ def page(
     until: str | None = None,
     skip: int = 0,
 ) -> list[str]:
-    """Up to *limit* keys in primary-key order, after the key *after* and *skip* more, up to the key *until*.
+    """Up to *limit* keys in primary-key order, from those after the key *after*, up to the key *until*.
 
-    A bound that no row can have is ignored: the type of the key has changed.
+    The first *skip* of them are left out. A bound that no row can have is ignored: the type of the key has changed.
     """
     columns = tracked.columns_for(connection.dialect)
     possible = columns.possible(connection, filter(None, (after, until)))

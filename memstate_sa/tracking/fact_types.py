@@ -40,7 +40,8 @@ class FactTypes:
         unknown = [field for field in fields if field not in model.model_fields]
         if unknown:
             raise MemstateError(
-                f"unique_by={unknown[0]!r} is not a field of {model.__name__}. It has: {', '.join(model.model_fields)}."
+                f"unique_by={unknown[0]!r} is not a field of {model.__name__}. "
+                f"Choose from: {', '.join(model.model_fields)}."
             )
         self._types[name] = FactType(model, tuple(_unique_names(model, field) for field in fields), immutable)
 
@@ -54,7 +55,7 @@ class FactTypes:
     def check(self, values: Mapping[str, Any]) -> None:
         """Raise ValidationFailed, or Pydantic's ValidationError, unless a fact may have these values."""
         if "type" not in values or "payload" not in values:
-            return  # they are not loaded, and the row itself is checked after the statement
+            return  # one is not loaded; the row is checked later
         name, payload = values["type"], values["payload"]
         fact_type = self._types.get(name) if isinstance(name, str) else None
         if fact_type is None:

@@ -138,7 +138,9 @@ def _check_expiry(mapper: Mapper[Any], expires: str | None) -> None:
     require_attributes(mapper, expires)
     type_ = mapper.columns[expires].type
     if not isinstance(type_, (DateTime, UTCDateTime)):
-        raise MemstateError(f"Cannot use expires={expires!r}: its column holds no times, but {type_!r}.")
+        raise MemstateError(
+            f"Cannot use expires={expires!r}: its column holds no times, but {type_!r}. Give a DateTime column."
+        )
 
 
 def _check_excluded(mapper: Mapper[Any], exclude: Sequence[str], needed: Mapping[str, Collection[str | None]]) -> None:
@@ -178,7 +180,7 @@ def derive(base: Tracked, mapper: Mapper[Any]) -> Tracked:
     try:
         require_attributes(mapper, *attributes_of(base.text), *base.metadata, *base.unique_names, *base.expiry)
     except MemstateError as error:
-        raise MemstateError(f"{error}. {base.model.__name__} is tracked by it.") from error
+        raise MemstateError(f"{error} {base.model.__name__} is tracked by this attribute.") from error
     entity, exclude = str(table.fullname), tuple(name for name in base.exclude if name in mapper.columns)
     model: type[Any] = mapper.class_
     return replace(base, model=model, entity=entity, derived=True, exclude=exclude, hydrations={}, _columns={})
@@ -190,7 +192,7 @@ def require_attributes(mapper: Mapper[Any], *names: str) -> None:
     for name in names:
         if name not in columns:
             raise MemstateError(
-                f"{mapper.class_.__name__} has no column attribute {name!r}; it has {', '.join(sorted(columns))}"
+                f"{mapper.class_.__name__} has no column attribute {name!r}. Choose from: {', '.join(sorted(columns))}."
             )
 
 

@@ -42,7 +42,7 @@ def json_payload(payload: Any) -> Any:
 def payload_of(model: BaseModel) -> Any:
     """*model* as JSON with the field names that its class reads, which may differ from those of a dump.
 
-    Raises ValidationFailed if the class would read a different model from it.
+    Raises ValidationFailed if the class would read another value from this JSON.
     """
     kind = type(model)
     dumped = model.model_dump(mode="json", by_alias=True, round_trip=True)
@@ -110,9 +110,9 @@ def filter_value(name: str, value: Any) -> str | int | float | bool | None:
     if value is not None and not isinstance(value, (str, bool, int, float)):
         raise MemstateError(f"Cannot filter by {name}={value!r}. Give a string, number, boolean or None.")
     if not is_text(name) or (isinstance(value, str) and not is_text(value)):
-        raise MemstateError(f"Cannot filter by {name!r}: {value!r}. A payload has no NUL and no lone surrogates.")
+        raise MemstateError(f"Cannot filter by {name}={value!r}. Give strings without NUL or lone surrogates.")
     if isinstance(value, float) and not math.isfinite(value):
-        raise MemstateError(f"Cannot filter by {name}={value!r}. A payload has only finite numbers.")
+        raise MemstateError(f"Cannot filter by {name}={value!r}. Give a finite number.")
     return value
 
 

@@ -18,7 +18,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._by_mapper: dict[Mapper[Any], Tracked | None] = {}
-        # Like `by_table`, replaced as a whole, because other threads may be iterating over it.
+        # This dict is replaced as a whole, like `by_table`, because other threads may be iterating over it.
         self.by_entity: dict[str, Tracked] = {}
         self._published: dict[str, Tracked] = {}
         self.versions: dict[str, int] = {}  # the current shape of each entity's images

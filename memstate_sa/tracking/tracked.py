@@ -158,7 +158,7 @@ class Tracked:
 
     def columns_for(self, dialect: Dialect) -> TableColumns:
         """This class' statements and conversions for *dialect*."""
-        # Cached by database: dialects of one database differ only in details of their server.
+        # The cache is by database, because its dialects differ only in details of their server.
         database = database_of(dialect)
         columns = self._columns.get(database)
         if columns is None:
@@ -205,8 +205,8 @@ class Tracked:
     def upcast(self, image: Image, version: int, dialect: Dialect) -> Image:
         """An *image* of the older shape *version*, in today's shape.
 
-        A value that an upgrade function passes on stays the driver's, under its old or a new name. A new value of the
-        function is an ORM value.
+        A value that an upgrade function passes on stays driver-level, under its old or a new name. A value that the
+        function makes is an ORM value.
         """
         if version >= self.version or not self.upgrade:
             return image
@@ -215,12 +215,7 @@ class Tracked:
         values: Mapping[str, Any] = copies
         for shape in range(version, self.version):
             if shape in self.upgrade:
-                values = self.upgrade[shape](dict(values))
-                if not isinstance(values, Mapping):
-                    raise MemstateError(
-                        f"Cannot read an old image of {self.entity}: upgrade[{shape}] returned {values!r}. It must "
-                        "return a dict of columns."
-                    )
+                values = self._upgraded(shape, values)
         columns, sources = self.columns_for(dialect), {id(value): name for name, value in copies.items()}
         upgraded: dict[str, Any] = {}
         for name, value in values.items():
@@ -231,6 +226,20 @@ class Tracked:
                 upgraded[name] = encode(stored[source])
             else:
                 upgraded[name] = encode(columns.to_raw(name, value))
+        return upgraded
+
+    def _upgraded(self, shape: int, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """*values* of the version *shape*, in the shape of the next version."""
+        failure = f"Cannot read an old image of {self.entity}: upgrade[{shape}]"
+        try:
+            upgraded = self.upgrade[shape](dict(values))
+        except Exception as error:
+            raise MemstateError(
+                f"{failure} raised {type(error).__name__}. It got the columns {', '.join(values)}. Entries between a "
+                "migration and the release with version= have the new columns, so the function must accept both."
+            ) from error
+        if not isinstance(upgraded, Mapping):
+            raise MemstateError(f"{failure} returned {upgraded!r}. It must return a dict of columns.")
         return upgraded
 
     # -- projections -----------------------------------------------------------------------------------------------
@@ -244,7 +253,7 @@ class Tracked:
     def projection(self) -> str:
         """A description of text and metadata, as JSON. When it changes, every row must be delivered again.
 
-        For a text function it has only the `text_version`, because the code of a function cannot be compared.
+        For a text function it has the `text_version`, because the code of a function cannot be compared.
         """
         if self.text is None:
             return json.dumps({"text": None})

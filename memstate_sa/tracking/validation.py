@@ -11,7 +11,7 @@ from memstate_sa.db.codec import is_text
 from memstate_sa.errors import MemstateError, ValidationFailed
 
 Validate: TypeAlias = Callable[[Mapping[str, Any]], None]
-"""Raises pydantic.ValidationError when these values (by attribute name) may not be remembered."""
+"""A function that raises pydantic.ValidationError when a fact may not have these values, by attribute name."""
 
 
 def validator(schema: Any) -> Validate:

@@ -119,7 +119,7 @@ class Constraints:
                             self._of_fact.setdefault(fact, []).append((constraint, value))
 
     def blocked_facts(self, left_out: Collection[FactKey]) -> BlockedFacts:
-        """The facts that cannot be restored either, if the facts *left_out* stay as they are."""
+        """The other facts that cannot be restored if the facts *left_out* stay as they are."""
         blocked: BlockedFacts = {}
         staying = set(left_out)
         unchecked = dict.fromkeys(pair for pairs in self._of_fact.values() for pair in pairs)
@@ -156,9 +156,10 @@ class _ConstraintReader:
         self._final_rows = rows_by_table(self.connection, self.registry, self.final)
 
     def references(self) -> list[Reference]:
-        """The foreign keys, with the rows that lose their referred row, and the rows that restored rows refer to.
+        """The foreign keys between tracked tables, with the restored rows and the other rows that they concern.
 
-        Rows that will be deleted, or lose a referred value, are locked first.
+        Other rows either refer to a value that the undo removes, or have a value that a restored row refers to. Rows
+        that lose a referred value, also by a delete, are locked first.
         """
         tracked = self.registry.by_table
         references = [
@@ -190,7 +191,7 @@ class _ConstraintReader:
         return Reference(self._facts_by_value(fk.table, local), self._facts_by_value(parent, remote), entity)
 
     def unique_constraints(self) -> Iterator[Uniqueness]:
-        """The unique constraints of tables, with the rows that have a value which a restored row gets."""
+        """The unique constraints of tables, with the restored rows and the other rows that have their values now."""
         for table in self._final_rows:
             for columns in unique_columns(table, partial=False):
                 facts = self._facts_by_value(table, columns)
@@ -198,7 +199,7 @@ class _ConstraintReader:
                 yield Uniqueness(facts)
 
     def declared_unique_values(self) -> Iterator[Uniqueness]:
-        """The unique values of ``unique_by``, with the facts that have a value which a restored fact gets."""
+        """The unique values of ``unique_by``, with the restored facts and other facts that have these values now."""
         for entity, keys in by_entity(self.final).items():
             tracked = self.registry.by_entity[entity]
             if tracked.unique_values is not None:
@@ -243,7 +244,7 @@ class _ConstraintReader:
         keys = find(self.connection, columns, values)
         if {value for _, value in keys} <= set(values):
             yield from ((value, key) for key, value in keys)
-        else:  # the collation takes other spellings for equal: query value by value, to know which row matches which
+        else:  # other spellings are equal in the collation, so query each value alone to know its rows
             for value in values:
                 yield from ((value, key) for key, _ in find(self.connection, columns, [value]))
 

@@ -1,7 +1,7 @@
 """Expire the loaded attributes that an undo has changed. The Session loads them again at the next access.
 
-A Session expires collections only when it flushes or refreshes objects itself. It does not see an undo, which writes by
-Core. This module sends no statements.
+A Session expires collections only when it flushes or refreshes objects itself. A Session does not see an undo, which
+writes by Core. This module sends no statements.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _changed_values(rows: Iterable[_Rows], columns: Sequence[Any]) -> set[Hashab
 
 @dataclass(frozen=True)
 class _Relationship:
-    """A relationship, with the *attributes* that the object refers with. They are empty if they cannot be told."""
+    """A relationship, with the *attributes* that hold the object's reference. They are empty if they are unknown."""
 
     name: str
     attributes: Sequence[str] = ()

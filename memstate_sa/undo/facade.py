@@ -41,16 +41,16 @@ class UndoMethods(MemoryParts):
         *options*: see `RollbackOptions`. Instead of steps, ``to=`` undoes everything since a moment, and ``tx=`` one
         transaction.
 
-        Raises ConflictError, with the changes in the way, and writes nothing, when another transaction has since
+        Raises ConflictError, which has the changes in the way, and writes nothing if a later transaction has
 
         - changed one of the facts,
         - added a reference to a row that the undo would delete, or
         - taken a unique value that the undo would bring back.
 
         ``on_conflict="skip"`` leaves such facts as they are, and "force" overwrites later changes of the same facts.
-        Constraints that only the database knows, as of a partial index or a table that is not tracked, always raise.
+        A constraint that only the database knows always raises, for example a partial index.
         """
-        require_options("rollback", options, RollbackOptions, "steps", "session_id")
+        require_options(UndoMethods.rollback, options, RollbackOptions)
         sync = blocking_session(session, "rollback")
         scope = self._scope(sync, session_id, options)
         tx, to = options.get("tx"), options.get("to")
@@ -76,7 +76,7 @@ class UndoMethods(MemoryParts):
 
         *options*: see `RevokeOptions`.
         """
-        require_options("revoke", options, RevokeOptions)
+        require_options(UndoMethods.revoke, options, RevokeOptions)
         sync = blocking_session(session, "revoke")
         scope = self._scope(sync, options.get("session_id"), options)
         tx = options.get("tx", ())
@@ -84,7 +84,9 @@ class UndoMethods(MemoryParts):
         for name in txs:
             require_label("tx", name)
         if bool(txs) == bool(scope.labels):
-            raise MemstateError("Cannot revoke: whose changes? Give actor= or session_id=, or transactions as tx=.")
+            raise MemstateError(
+                "Cannot revoke: choose the changes either by actor= or session_id=, or by their transactions with tx=."
+            )
         on_conflict, dry_run = options.get("on_conflict", "skip"), options.get("dry_run", False)
         return self._undo.revoke(sync, scope, txs, on_conflict, dry_run=dry_run)
 

@@ -65,7 +65,7 @@ class Wait(NamedTuple):
 
 
 GiveWay: TypeAlias = Callable[[Write, Columns], bool]
-"""Gives up a row's values in these columns before the next round. Returns False if that is impossible."""
+"""A function that frees a row's values in these columns before the next round. It returns False if it cannot."""
 
 
 class Order:
@@ -78,7 +78,7 @@ class Order:
         self._before: dict[Write, dict[Write, list[Wait]]] = {write: {} for write in writes}
         self._after: dict[Write, dict[Write, None]] = {write: {} for write in writes}
         self._referring: dict[Write, list[Wait]] = {write: [] for write in writes}
-        """For each write that takes a referred value away: its waits, including references of the row to itself."""
+        """The waits of each write that removes a referred value. They include references of the row to itself."""
         for wait in waits:
             if wait.reason is Reason.LOSES_REFERENCE:
                 self._referring[wait.after].append(wait)
@@ -89,8 +89,8 @@ class Order:
     def rounds(self) -> Iterator[list[Write]]:
         """Lists of writes of one kind that can be executed together, in order.
 
-        Writes that wait for nothing are ordered by kind: deletes, updates, inserts. So they free the values of unique
-        indexes that are not compared here, because only the database knows their collation or expression.
+        Writes that wait for nothing are ordered by kind: deletes, updates, inserts. This order frees the values of
+        unique indexes that are not compared here, because only the database knows their collation or expression.
         """
         ready: dict[Kind, list[Write]] = {kind: [] for kind in Kind}
         released = [write for write in self._waiting if not self._before[write]]
@@ -114,7 +114,7 @@ class Order:
     def _break_circle(self) -> list[Write]:
         """Let one write of a circle give way, and return the writes that wait for nothing now.
 
-        Release one even if no write can give way: the database may check the constraint only at COMMIT.
+        If no write can give way, release one anyway, because the database may check the constraint only at COMMIT.
         """
         circle = self._circle()
         for before, after in circle:

@@ -245,7 +245,7 @@ class _Restoration:
     def _parameter(self, table: Table, name: str) -> str:
         """The parameter's name, by the column's number.
 
-        SQLAlchemy would take a column's own name for the column, and names may hold any character.
+        SQLAlchemy would confuse a parameter with the column of the same name, and names may hold any character.
         """
         return f"memstate_{self._columns(table).names.index(name)}"
 
@@ -303,7 +303,7 @@ def sorted_tables(tables: Sequence[Table]) -> list[Table]:
     """*tables* with parents first. In a circle, foreign keys that can be NULL are ignored."""
     sort: Any = sort_tables_and_constraints
     not_null = [fk for table in tables for fk in table.foreign_key_constraints if not _can_be_null(fk)]
-    # Pass them as dependencies too: SQLAlchemy ignores foreign keys with use_alter.
+    # Pass these foreign keys as dependencies too, because SQLAlchemy ignores foreign keys with use_alter.
     parents = [(fk.referred_table, fk.table) for fk in not_null if fk.referred_table is not fk.table]
     try:
         pairs = sort(tables, filter_fn=lambda fk: None if _can_be_null(fk) else False, extra_dependencies=parents)
@@ -350,7 +350,7 @@ def _unused(type_: Any) -> Any:  # one case per type
         case Date():
             value = date.min + timedelta(microseconds=secrets.randbelow(_SPAN_US))
         case DateTime():
-            value = datetime(100, 1, 1) + timedelta(microseconds=secrets.randbelow(_SPAN_US))  # noqa: DTZ001  # for columns with and without zone
+            value = datetime(100, 1, 1) + timedelta(microseconds=secrets.randbelow(_SPAN_US))  # noqa: DTZ001  # the column may have no zone
         case Uuid():
             value = uuid4() if type_.as_uuid else str(uuid4())
         case LargeBinary():

@@ -106,7 +106,7 @@ def undone(connection: Connection, txs: Collection[str]) -> Undone:
     """The changes of *txs* that a rollback has undone, and that no other rollback has redone since."""
     rows = connection.execute(_chain, {"keys": as_array(txs)}).all()
     undone_changes: Undone = set()
-    for row in sorted(rows, reverse=True):  # by id, newest first: an undo comes after the entry that it undoes
+    for row in sorted(rows, reverse=True):  # the newest id first, because an undo comes after the entry that it undoes
         if (row.tx, (row.entity, row.key)) not in undone_changes:
             undone_changes.add((row.reverts, (row.entity, row.key)))
     targets = set(txs)
@@ -146,11 +146,11 @@ def _all(connection: Connection, scope: Scope, page: int) -> Iterator[Sequence[A
 def _labelled(connection: Connection, scope: Scope, page: int) -> Iterator[Sequence[Any]]:
     """Pages of the entries of steps with the scope's labels, newest first.
 
-    They are found by their headers, because a long log may have only few of them.
+    The headers are read first, because a long log may have few entries with these labels.
     """
     headers = select(transaction.c.at, transaction.c.tx).where(*scope.labels).order_by(transaction.c.at.desc())
     for header_page in _backwards(connection, headers, transaction.c.at, page):
-        # Filter and sort in Python: for either, SQLite would read all steps, or all entries of the entity.
+        # Filter and sort in Python. In SQL, SQLite would read all steps, or all entries of the entity.
         rows = connection.execute(_changed_by, {"keys": as_array({row.tx for row in header_page})}).all()
         steps = [row for row in rows if row.step and scope.entity in (None, row.entity)]
         yield sorted(steps, key=lambda row: row.id, reverse=True)
@@ -243,8 +243,10 @@ def changes_to_undo(
     images.update({row.id: row for row in connection.execute(_images, {"keys": earlier})})
     untracked = {row.entity for row in rows} - set(registry.by_entity)
     if untracked:
+        items = " For memstate_item, make a MemStateStore(store)." if "memstate_item" in untracked else ""
         raise HistoryMissing(
-            f"Cannot undo changes of {', '.join(sorted(untracked))}: no longer tracked. Track the class again."
+            f"Cannot undo changes of {', '.join(sorted(untracked))}: this Memory does not track it. Track the class."
+            f"{items}"
         )
     undone_changes = undone(connection, targets)
     changes = []
@@ -256,7 +258,8 @@ def changes_to_undo(
             continue
         if row.previous is not None and row.previous not in images:
             raise HistoryMissing(
-                f"Cannot undo {row.entity} {row.key}: its earlier entries have just been folded (Retention.log)."
+                f"Cannot undo {row.entity} {row.key}: its earlier entries have just been folded (Retention.log). Write "
+                "the old values by hand."
             )
         upcast = registry.by_entity[row.entity].upcast
         before, after = (
@@ -268,7 +271,7 @@ def changes_to_undo(
 
 
 def later_entries(connection: Connection, changes: Sequence[LoggedChange]) -> list[LaterEntry]:
-    """The entries of each fact after the first of its *changes*, including later ones of *changes*."""
+    """The entries of each fact after the first of its *changes*. Later changes in *changes* are included."""
     first: dict[FactKey, int] = {}
     for change in changes:
         first[change.fact] = min(change.id, first.get(change.fact, change.id))

@@ -93,7 +93,7 @@ class Revocation:
 
 
 class Undo:
-    """Undo for one Memory."""
+    """Undoes changes for one Memory."""
 
     def __init__(self, registry: Registry, capture: SessionCapture, recorder: Recorder) -> None:
         self._registry = registry
@@ -194,7 +194,7 @@ class Undoing:
         return {self.transaction.tx}
 
     def default_scope(self, scope: Scope) -> Scope:
-        """The labels of *scope*, or those of the session's annotation."""
+        """*scope*, or if it has no labels, a scope with the labels of the session's annotation."""
         return scope if scope.labels else Scope(self.transaction.session_id, self.transaction.actor, scope.entity)
 
     def run(
@@ -303,7 +303,7 @@ class Undoing:
         """Carry out all of *plan* or nothing, and return the new changes. With ``dry_run``, roll them back."""
         reverted: list[Change] = []
         if plan.selected:
-            attempt, before = self.connection.begin_nested(), self.transaction.mark
+            attempt, before = self.connection.begin_nested(), self.transaction.log_state
             try:
                 reverted = self._carry_out(plan, reason)
             finally:
@@ -332,7 +332,7 @@ class Undoing:
                 absent_keys.require_absent(connection, registry.by_entity[entity], keys)
         if final.keys().isdisjoint(plan.changed_since):
             written = connection.execute(_written, {"tx": tx}).all()
-            if [row[1:3] for row in written] == [entry[:2] for entry in entries]:  # and triggers logged nothing more
+            if [row[1:3] for row in written] == [entry[:2] for entry in entries]:  # triggers have logged nothing more
                 return self._as_changes(plan.selected, entries, written, labels)
         return read_changes(connection, registry, log.c.tx == tx)
 
@@ -388,7 +388,7 @@ _written = (
 
 
 def _from_current_rows(entries: Sequence[LogEntry], current: Mapping[FactKey, Image | None]) -> Iterator[LogEntry]:
-    """*entries*, with the operations of *current* facts corrected: they start from the row that exists now."""
+    """*entries*, with corrected operations for *current* facts: their first entry starts from the present row."""
     exists = {fact: image is not None for fact, image in current.items()}
     for entry in entries:
         fact, stays = (entry.entity, entry.key), entry.image is not None

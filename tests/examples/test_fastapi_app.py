@@ -89,7 +89,7 @@ class Project:
                 stderr=log,
             )
             address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            listener.close()  # only the server has it now: if it dies, connections are refused
+            listener.close()  # now only the server has the socket, and if it dies, connections are refused
             try:
                 yield address
             finally:

@@ -70,6 +70,20 @@ def test_words_stay_in_the_chain_where_the_sent_text_is_unknown() -> None:
     assert str(delivery_error(error, "failed", unknown=DeliveryRejected)) == "failed: HTTPError: 400 Bad Request"
 
 
+@pytest.mark.parametrize("status", [401, 403, 429])
+def test_words_of_a_refused_caller_are_told_where_the_sent_text_is_unknown(status: int) -> None:
+    error = HTTPError(Response(status, {"error": "wrong key"}))
+    assert str(delivery_error(error, "failed", unknown=DeliveryRejected)).endswith(": wrong key")
+
+
+def test_words_of_a_failed_connection_are_told_where_the_sent_text_is_unknown() -> None:
+    """As of qdrant-client, which wraps httpx's error."""
+    error = RuntimeError("[Errno 111] Connection refused")
+    error.__cause__ = ConnectionRefusedError(111, "Connection refused")
+    message = str(delivery_error(error, "failed", unknown=DeliveryRejected))
+    assert message == "failed: RuntimeError: [Errno 111] Connection refused"
+
+
 @pytest.mark.parametrize(
     "words",
     [

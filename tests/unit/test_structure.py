@@ -20,10 +20,11 @@ CATALOGUES = {"memstate_sa/testing/conformance.py"}
 PUBLIC = {
     "memstate_sa": (
         "AsyncMemoryStore BackfillOptions Backlog Change Changes ConflictError DeadLetter DeliveryError "
-        "DeliveryRejected DeliveryRetryable Diagnosis DriftReport Embedder Fact HistoryMissing Hit Hits Incomplete "
-        "IndexBroken IndexMismatch Labels Memory MemoryOptions MemoryStore MemstateError MissingExtra NotFound "
-        "PastSession Relay RelayOptions Retention RetryPolicy Revocation RevokeOptions RollbackOptions SearchOptions "
-        "StoreOptions TrackOptions UntrackedWrite UntrackedWriteWarning ValidationFailed VectorIndex metadata sqlite"
+        "DeliveryRejected DeliveryRetryable Diagnosis DriftReport Embedder Fact HistoryMissing HistoryOptions Hit "
+        "Hits Incomplete IndexBroken IndexMismatch Labels Memory MemoryOptions MemoryStore MemstateError MissingExtra "
+        "NotFound PastSession Relay RelayOptions Retention RetryPolicy Revocation RevokeOptions RollbackOptions "
+        "SearchOptions StoreOptions TrackOptions UntrackedWrite UntrackedWriteWarning ValidationFailed VectorIndex "
+        "metadata sqlite"
     ),
     "memstate_sa.indexes": (
         "ChromaIndex Entry FaissIndex FencedIndex Filter InMemoryIndex MarkedIndex Match PgVectorIndex Point "

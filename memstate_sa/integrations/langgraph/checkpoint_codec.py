@@ -19,6 +19,7 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from memstate_sa.db.codec import is_text
+from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.langgraph.checkpoint_rows import (
     CheckpointKey,
     NewCheckpoint,
@@ -53,7 +54,7 @@ class EncodedCheckpoint:
         """The blobs of *channels*, by channel and version. Small values have none."""
         versions = ((name, self.channels.get(name)) for name in channels)
         return {
-            (name, version): SerializedValue(*self._serde.dumps_typed(self._values[name]))
+            (name, version): _serialized(self._serde, name, self._values[name])
             for name, version in versions
             if version is not None
         }
@@ -86,9 +87,19 @@ def encoded_writes(
 ) -> list[TaskWrite]:
     """The writes of a task. Errors, interrupts and answers have fixed negative indexes."""
     return [
-        TaskWrite(task_path, task_id, WRITES_IDX_MAP.get(name, n), name, SerializedValue(*serde.dumps_typed(value)))
+        TaskWrite(task_path, task_id, WRITES_IDX_MAP.get(name, n), name, _serialized(serde, name, value))
         for n, (name, value) in enumerate(writes)
     ]
+
+
+def _serialized(serde: SerializerProtocol, name: str, value: Any) -> SerializedValue:
+    try:
+        return SerializedValue(*serde.dumps_typed(value))
+    except TypeError as error:
+        raise MemstateError(
+            f"Cannot save {name!r} of the graph's state: {error}. Store plain data there, such as an id, and make the "
+            "object in the node. Or pass the checkpointer a serializer with serde=."
+        ) from error
 
 
 def decoded_write(serde: SerializerProtocol, task_write: TaskWrite) -> PendingWrite:

@@ -39,6 +39,7 @@ from memstate_sa.integrations.langgraph.checkpoint_codec import EncodedCheckpoin
 from memstate_sa.integrations.langgraph.checkpoint_queries import CheckpointQuery
 from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey, NewCheckpoint, TaskWrite
 from memstate_sa.integrations.langgraph.delta_history import delta_history
+from memstate_sa.integrations.langgraph.node_transactions import StepSession
 from memstate_sa.integrations.langgraph.step_coordinator import StepCoordinator
 from memstate_sa.integrations.langgraph.sync_engines import room_for_steps
 from memstate_sa.integrations.langgraph.thread_ids import checkpoint_id_of, configured, graph_of, thread_id_of
@@ -70,10 +71,12 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
             self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
             # At a higher isolation level of the application, a late writer would fail instead of seeing new commits.
             self._read_committed = engine.execution_options(isolation_level="READ COMMITTED")
-        sessions = sessionmaker(engine, expire_on_commit=False)
+        self._sessions = sessionmaker(engine)
+        step_sessions = sessionmaker(engine, class_=StepSession, expire_on_commit=False)
         if memory is not None:
-            memory.attach(sessions)
-        self._steps = StepCoordinator(sessions, step_timeout_s, room_for_steps(engine))
+            memory.attach(self._sessions)
+            memory.attach(step_sessions)
+        self._steps = StepCoordinator(step_sessions, step_timeout_s, room_for_steps(engine))
         self._make_threads()
         forks.in_child(self, CheckpointSaver._make_threads)
 
@@ -262,7 +265,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
             raise MemstateError(
                 "Cannot use facts=True: this checkpointer knows no facts. Create it with a MemoryStore or with memory=."
             )
-        with self._steps.session() as session, session.begin():
+        with self._sessions.begin() as session:
             self.memory.revoke(session, session_id=thread_id)
             thread_rows.delete_threads(session.connection(), [thread_id])
 

@@ -38,7 +38,7 @@ try:
 
     from memstate_sa.integrations.langgraph.checkpoint_codec import POSITION, moment_of
     from memstate_sa.integrations.langgraph.checkpoint_saver import AS_OF, CheckpointSaver
-    from memstate_sa.integrations.langgraph.executions import execution_of, node_config
+    from memstate_sa.integrations.langgraph.executions import Execution, execution_of, node_config
     from memstate_sa.integrations.langgraph.node_transactions import NodeTransaction
     from memstate_sa.integrations.langgraph.state_classes import StateSerializer
 except ImportError as error:
@@ -48,6 +48,11 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 T = TypeVar("T")
+
+_UNKNOWN_MEMORY = (
+    "This step does not include this MemoryStore: the checkpointer does not know it, so its changes would stay when "
+    "the node fails. Make the checkpointer with it: MemStateCheckpointer(store). For a Memory of your own, use memory=."
+)
 
 
 class MemStateCheckpointer(CheckpointSaver):
@@ -66,7 +71,8 @@ class MemStateCheckpointer(CheckpointSaver):
 
     ::
 
-        with MemStateCheckpointer("postgresql://app@db/shop") as checkpointer:
+        facts = MemoryStore("postgresql://app@db/shop", index)
+        with MemStateCheckpointer(facts) as checkpointer:
             checkpointer.setup()
             graph = builder.compile(checkpointer=checkpointer)
     """
@@ -131,10 +137,15 @@ class MemStateCheckpointer(CheckpointSaver):
         """A Session for use in a node. Its changes commit in the transaction that saves the node's writes to the state.
 
         After a crash, both are there or neither. If the node fails, is retried or waits for an answer, its changes are
-        rolled back. All blocks of a node share the Session. It is closed when the node's writes are saved, so do not
-        commit it yourself. Inside the block, calls of the MemoryStore, and of a MemStateStore with this memory, join
-        the transaction. Changes are labelled with the thread as session_id
-        (``memory.rollback(session, session_id=thread_id)``) and with the node as reason.
+        rolled back. All blocks of a node share the Session. Only the end of the node commits it: ``session.commit()``
+        raises MemstateError.
+
+        Inside the block, calls of the checkpointer's MemoryStore, and of a MemStateStore with this memory, join the
+        transaction. Calls of other stores on this database raise MemstateError.
+
+        The log has one set of labels for all changes of a step. Its session_id is the thread, and another one raises
+        MemstateError. The reason is the node, unless a call gives one. Without an actor from a call, there is none. If
+        calls give several actors or reasons, the last one counts for the whole step.
 
         If a node leaves its graph by a Command to a parent, its step commits with the task that called the graph.
 
@@ -159,19 +170,20 @@ class MemStateCheckpointer(CheckpointSaver):
                 "Cannot use step() in a coroutine, because it blocks. Use `await checkpointer.astep(function)`."
             )
         config = config or node_config()
-        execution = execution_of(config)
+        execution = self._execution_of(config)
         task = execution.task
         with self._steps.step(task, self._is_saved, execution) as (session, is_first):
             if is_first and self.memory is not None:
-                node = config.get("metadata", {}).get("langgraph_node")
-                self.memory.annotate(session, session_id=task.checkpoint.thread_id, reason=node and f"node {node}")
-            with use_session(self.memory, self.engine, session):
+                node, thread_id = config.get("metadata", {}).get("langgraph_node"), task.checkpoint.thread_id
+                self.memory.annotate(session, session_id=thread_id, reason=node and f"node {node}")
+                self.memory._transaction(session).thread_id = thread_id  # noqa: SLF001
+            with use_session(self.memory, self.engine, session, refusal=_UNKNOWN_MEMORY):
                 yield session
 
     async def astep(self, work: Callable[[Session], T], config: RunnableConfig | None = None) -> T:
         """Call *work* with the Session of `step`, in a thread, and return its result."""
         config = config or node_config()
-        execution, cancelled = execution_of(config), threading.Event()
+        execution, cancelled = self._execution_of(config), threading.Event()
         task = execution.task
 
         def begin() -> NodeTransaction:
@@ -212,6 +224,18 @@ class MemStateCheckpointer(CheckpointSaver):
             conf = config.get("configurable", {})
             self._steps.check_around(str(conf.get("thread_id")), conf.get("checkpoint_ns") or "")
 
+    def _execution_of(self, config: RunnableConfig) -> Execution:
+        execution = execution_of(config)
+        graph_checkpointer = execution.graph.checkpointer
+        # LangGraph may give the graph a copy of this checkpointer, which has the same steps.
+        if getattr(graph_checkpointer, "_steps", None) is not self._steps:
+            raise MemstateError(
+                "Cannot begin a step: the graph of this node has another checkpointer "
+                f"({type(graph_checkpointer).__name__}). Compile the graph with this one: "
+                "builder.compile(checkpointer=checkpointer)."
+            )
+        return execution
+
     def _is_saved(self, key: CheckpointKey) -> bool:
         with self._autocommit.connect() as connection:
             return checkpoint_queries.is_stored(connection, key)
@@ -226,6 +250,7 @@ class MemStateCheckpointer(CheckpointSaver):
         """
         metadata: Any = getattr(checkpoint, "metadata", None)
         if metadata is None:
+            _require_config(checkpoint)
             stored = self.get_tuple(checkpoint)
             if stored is None:
                 raise MemstateError("No such checkpoint. It was never saved, or it was deleted.")
@@ -241,8 +266,8 @@ class MemStateCheckpointer(CheckpointSaver):
 
         A replay without this config works with today's facts.
         """
-        config = checkpoint if isinstance(checkpoint, dict) else checkpoint.config
         position = self.position(checkpoint)
+        config = checkpoint if isinstance(checkpoint, dict) else checkpoint.config
         as_of = position.isoformat() if isinstance(position, datetime) else position
         return cast("RunnableConfig", {**config, "configurable": {**config["configurable"], AS_OF: as_of}})
 
@@ -272,3 +297,11 @@ class MemStateCheckpointer(CheckpointSaver):
         finally:
             with self._read_committed.begin() as connection:
                 thread_leases.release(connection, thread_id, owner)
+
+
+def _require_config(checkpoint: Any) -> None:
+    if not isinstance(checkpoint, dict):
+        raise MemstateError(
+            f"Cannot use checkpoint={checkpoint!r}. Pass a config such as {{'configurable': {{'thread_id': …}}}}, or a "
+            "StateSnapshot from graph.get_state_history(config)."
+        )

@@ -38,6 +38,12 @@ class Execution(StepLifetime):
             call = conf[_CALL]
             keywords = call.keywords
             graph, self._task, self._futures = keywords["schedule_task"].__self__, call.args[0], keywords["futures"]
+            if not graph.checkpointer:
+                raise MemstateError(
+                    "Cannot begin a step: the graph of this node has no checkpointer, so LangGraph saves nothing when "
+                    "the node returns. Compile the graph with checkpointer=checkpointer, and its subgraphs without "
+                    "checkpointer=False."
+                )
             ns = graph.config["configurable"].get("checkpoint_ns") or ""
             checkpoint = CheckpointKey(thread_id_of(conf["thread_id"]), ns, graph.checkpoint["id"])
         except (AttributeError, KeyError, IndexError) as error:
@@ -52,11 +58,6 @@ class Execution(StepLifetime):
         run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
         self.task = Task(checkpoint, str(conf["__pregel_task_id"]), run, number, str(conf.get("checkpoint_ns", "")))
         self._future: Callable[[], Any] | None = None
-
-    @property
-    def saves_nothing(self) -> bool:
-        """Whether the graph has no checkpointer."""
-        return not self.graph.checkpointer
 
     @property
     def around(self) -> Execution | None:
@@ -184,11 +185,6 @@ def execution_of(config: RunnableConfig) -> Execution:
             "Cannot begin a step: this config is not from a node of a graph with a checkpointer. Call step() in a node."
         )
     execution = Execution(conf)
-    if execution.saves_nothing:
-        raise MemstateError(
-            "Cannot begin a step: the graph of this node has no checkpointer, so LangGraph saves nothing when the node "
-            "returns. Compile the graph with this checkpointer, and its subgraphs without checkpointer=False."
-        )
     if conf.get("__pregel_durability") == "exit":
         raise MemstateError(
             "Cannot begin a step: with durability='exit' nothing is saved before the run ends. Run the graph with "

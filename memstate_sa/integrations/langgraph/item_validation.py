@@ -133,7 +133,7 @@ def plain(value: Any, argument: str, depth: int = 0) -> Any:
         return {plain(name, argument): plain(inner, argument, depth + 1) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(inner, argument, depth + 1) for inner in value]
-    raise InvalidItem(f"Invalid {argument}: it has a {type(value).__name__}, which is not JSON.")
+    raise InvalidItem(f"Invalid {argument}: a value of type {type(value).__name__} is not JSON.")
 
 
 def item_id(namespace: tuple[str, ...], key: Any) -> str:

@@ -81,6 +81,25 @@ class StepLifetime:
         """Report the end of the task to *steps*, in the cases that LangGraph does not report."""
 
 
+class StepSession(Session):
+    """The Session of a step. Code of the node cannot commit it: the changes would stay when the node fails."""
+
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        if not nested:
+            raise _commit_error()
+        return super().begin(nested)
+
+    def commit(self) -> None:
+        raise _commit_error()
+
+
+def _commit_error() -> MemstateError:
+    return MemstateError(
+        "Cannot commit the Session of a step: it commits with the node. Use session.flush(), or session.begin_nested() "
+        "for a part that may fail."
+    )
+
+
 class NodeTransaction:
     """The open transaction of a task. First it waits for a permit. All ``with step():`` blocks of the task share it."""
 
@@ -104,7 +123,7 @@ class NodeTransaction:
 
         @event.listens_for(session, "after_transaction_end")
         def _drop_driver(_: Session, transaction: SessionTransaction) -> None:
-            # This also handles a commit by the application. Another Session may use the connection afterwards.
+            # Also after a rollback by the application. Another Session may use the connection afterwards.
             if transaction.parent is None:
                 self._driver = None
 

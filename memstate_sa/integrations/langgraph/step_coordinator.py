@@ -61,9 +61,6 @@ class StepCoordinator:
         # The same errors, with the failed run. No checkpoint of that run may be saved, even after another run begins.
         self._lost: OrderedDict[tuple[str, str], tuple[BaseException, object]] = OrderedDict()
 
-    def session(self) -> Session:
-        return self._sessions()
-
     # -- the checkpointer's reports --------------------------------------------------------------------------------
 
     def run_begins(self, thread_id: str, ns: str) -> None:
@@ -405,7 +402,7 @@ class StepCoordinator:
             transaction = _only(transactions)
             with transaction.lock, self.explaining_busy_errors():
                 yield transaction.session.connection()
-                transaction.session.commit()
+                Session.commit(transaction.session)  # `StepSession` refuses its own method
         except BaseException as error:
             self.save_failed(key.thread_id, key.ns, error, run)
             raise

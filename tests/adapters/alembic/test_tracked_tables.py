@@ -500,7 +500,7 @@ def test_offline_script_stops_at_a_missing_table(tmp_path: Path, postgres_engine
 def test_autogenerate_does_not_drop_our_tables(notes: Application) -> None:
     """The application's metadata does not have them. Without the plugin, autogenerate would drop them all."""
     notes.write_env(knows_us=False)
-    if HAS_PLUGINS:  # with an older Alembic, the whole process knows our tables by now
+    if HAS_PLUGINS:  # register(), for older Alembics, is for the whole process
         assert "remove_table" in notes.differences() and "memstate_log" in notes.differences()
     notes.write_env()
     assert notes.differences() == ""

@@ -679,7 +679,7 @@ def test_exported_facts_import_into_another_database(served: Application, tmp_pa
     invoke("init", *at)
     assert "2 changes imported" in invoke("import", *at, "-", input=piped)
     assert "Likes coffee ☕" in invoke("log", *at, "Note", str(key))
-    assert "Was this file imported before?" in invoke("import", *at, str(file), exit_code=1)
+    assert "Perhaps this file was imported before" in invoke("import", *at, str(file), exit_code=1)
     with engine.connect() as connection:
         assert connection.scalars(select(served.module.Note.text)).all() == ["Likes coffee ☕"]
     engine.dispose()

@@ -217,6 +217,18 @@ def test_store_brings_its_own_database(store: str) -> None:
     assert "1 change undone" in invoke("rollback", *at, "--yes")
 
 
+def test_log_shows_namespaces_as_people_write_them(store: str) -> None:
+    pytest.importorskip("langgraph.store")
+    import facts_here
+
+    from memstate_sa.integrations.langgraph import MemStateStore
+
+    items = MemStateStore(facts_here.store)
+    items.setup()
+    items.put(("users", "ana"), "tea", {"text": "Likes tea"})
+    assert 'scope: ["users", "ana"]' in invoke("log", "--app", store)
+
+
 def test_url_of_the_command_line_wins_over_that_of_a_store(store: str) -> None:
     output = invoke("status", "--app", store, "--url", "sqlite:///other.db", exit_code=1)
     assert "no such database" in output and "other.db" in output

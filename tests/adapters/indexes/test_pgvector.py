@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 pytest.importorskip("psycopg")
 
-from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError, MissingExtra
+from memstate_sa.errors import DeliveryError, DeliveryRejected, DeliveryRetryable, MemstateError, MissingExtra
 from memstate_sa.indexes import PgVectorIndex, Point, VectorIndex
 from memstate_sa.testing import IndexConformance
 from memstate_sa.testing.churn import EMBEDDER
@@ -563,3 +563,44 @@ def test_role_without_ownership_can_read_and_write(vector_engine: Engine, vector
 def test_criteria_by_any_type_find_what_sql_finds(postgres_engine: Engine, vector_engine: Engine) -> None:
     """See tests/promises/search/test_search_criteria.py for the same on other indexes."""
     assert_agrees_with_sql(postgres_engine, PgVectorIndex(vector_engine, f"memory {uuid.uuid4().hex}"))
+
+
+@pytest.fixture
+def lowly_engine(postgres_url: str) -> Iterator[Engine]:
+    """The engine of a role without the right to create anything, on a database without the extension."""
+    name = f"lowly_{uuid.uuid4().hex[:12]}"
+    admin = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE ROLE {name}"))
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    url = make_url(postgres_url).set(database=name)
+    engine = create_engine(url, connect_args={"options": f"-c role={name}"})
+    yield engine
+    engine.dispose()
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        connection.execute(text(f"DROP ROLE {name}"))
+    admin.dispose()
+
+
+def test_missing_rights_are_told_with_a_remedy(lowly_engine: Engine) -> None:
+    index = PgVectorIndex(lowly_engine, "vectors")
+    with pytest.raises(DeliveryError, match="run CREATE EXTENSION vector in this database as a superuser") as caught:
+        index.open(embedder=EMBEDDER, dimension=3)
+    assert 'permission denied to create extension "vector"' in str(caught.value)
+    assert not isinstance(caught.value, DeliveryRetryable)  # `start` of a relay raises it at once
+
+    admin = create_engine(lowly_engine.url)
+    with admin.begin() as connection:
+        connection.execute(text("CREATE EXTENSION vector"))
+        connection.execute(text("REVOKE CREATE ON SCHEMA public FROM PUBLIC"))
+    admin.dispose()
+    with pytest.raises(DeliveryError, match=r"permission denied for schema public\. Grant CREATE on the schema"):
+        index.open(embedder=EMBEDDER, dimension=3)
+
+
+def test_the_reason_of_a_failed_connection_is_told(vector_engine: Engine) -> None:
+    absent = create_engine(vector_engine.url.set(database="absent"))
+    with pytest.raises(DeliveryRetryable, match=r'OperationalError: .*database "absent" does not exist'):
+        PgVectorIndex(absent, "vectors").open(embedder=EMBEDDER, dimension=3)
+    absent.dispose()

@@ -88,7 +88,7 @@ def opened(client: QdrantClient, name: str = "memory", **options: Any) -> Qdrant
 
 class TestQdrantInMemory(IndexConformance):
     marked = True
-    shared = True  # by all indexes with the client
+    shared = True  # index objects with the same client see the same points
     fenced = True
     purgeable = True
 

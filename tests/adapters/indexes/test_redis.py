@@ -210,7 +210,7 @@ def test_a_replaced_point_outlives_a_kill(name: str) -> None:
 
 
 def test_a_restarted_server_is_another_incarnation(name: str) -> None:
-    """It cannot tell its losses. Here everything was lost, and the same object continues."""
+    """A restarted server does not know whether it lost points. Here it lost all, and the same object continues."""
     with server(*NOTHING) as made:
         index = opened(made.client, name)
         index.upsert([point("a")])

@@ -163,7 +163,7 @@ SHAPES = [two_levels, three_levels, two_levels_up, beside_others, sent, called]
 def slow_saves(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let saves come after garbage collection, and after the waiting threads have gone on."""
     put_writes = agent.saver.put_writes
-    gc.freeze()  # so that the collector is quick
+    gc.freeze()  # this makes the collector quick
 
     def slow(config: Any, writes: Any, task_id: str, task_path: str = "") -> None:
         gc.collect()

@@ -253,7 +253,7 @@ def test_same_put_restarts_the_ttl(shelf: Shelf) -> None:
     shelf.later(9)
     assert shelf.values() == {"a": {"n": 1}}
     assert shelf.ops("a") == ["insert"]
-    shelf.store.put(NOTES, "a", {"n": 1})  # without an end: another item, for history
+    shelf.store.put(NOTES, "a", {"n": 1})  # the item has no end now, which history shows as a change
     shelf.later(1000)
     assert shelf.values() == {"a": {"n": 1}}
     assert shelf.ops("a") == ["insert", "update"]

@@ -95,7 +95,10 @@ TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
     "an unmapped class": (lambda m: m.track(Plain, text="name"), "Plain'>: it is not a mapped class"),
     "an instance": (lambda m: m.track(Person(), text="about"), "is not a mapped class"),
     "a table": (lambda m: m.track(Person.__table__, text="about"), "is not a mapped class"),
-    "no column": (lambda m: m.track(Person, text="abuot"), "Person has no column attribute 'abuot'; it has about, id"),
+    "no column": (
+        lambda m: m.track(Person, text="abuot"),
+        r"Person has no column attribute 'abuot'\. Choose from: about, id",
+    ),
     "a relationship": (lambda m: m.track(Person, text="notes"), "no column attribute 'notes'"),
     "text of another kind": (lambda m: m.track(Person, text=3), "the text comes from one column or from a function"),
     "no such metadata": (lambda m: m.track(Person, text="about", metadata=("naem",)), "no column attribute 'naem'"),

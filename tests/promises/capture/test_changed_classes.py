@@ -205,7 +205,7 @@ def test_two_releases_do_not_refill_in_turns(engine: Engine) -> None:
     assert new.found("zebra") == ({1, 2, 3}, True)
     new.relay.stop()
     old.add(4)
-    for _ in range(3):  # in turns, each alone with the index
+    for _ in range(3):  # the relays take turns, each alone with the index
         old.relay.run_once()
         old.relay.stop()
         assert "body" in content_of_index(engine)

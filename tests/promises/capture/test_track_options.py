@@ -127,7 +127,7 @@ class Name(Base):
 def test_track_refuses_an_expression_for_a_column(options: Any) -> None:
     """A column_property has no column of its own, like a hybrid."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    with pytest.raises(MemstateError, match="Name has no column attribute 'full'; it has first, id, last"):
+    with pytest.raises(MemstateError, match=r"Name has no column attribute 'full'\. Choose from: first, id, last"):
         memory.track(Name, **options)
     memory.track(Name, text="first")
 

@@ -487,7 +487,7 @@ def test_impossible_arguments_are_refused(shop: Shop) -> None:
     """Arguments that are impossible raise clear errors."""
     indexes = {"a": InMemoryIndex(), "b": InMemoryIndex(), "c": InMemoryIndex()}
     one = HashEmbedder()
-    with pytest.raises(MemstateError, match=r"Give one for each index: a, b, c"):
+    with pytest.raises(MemstateError, match=r"these names: a, b, c"):
         Memory(indexes, embedder={"a": one})
     with pytest.raises(MemstateError, match=r"embedder='a'\. Give an Embedder"):
         Memory(indexes, embedder="a")  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ class Place:
 def check(place: Place) -> None:
     """Assert replay(log) == tables, index == f(tables), and that no reported commit is lost."""
     world = place.world()
-    expire_leases(world.engine)  # of the killed process; there is no other
+    expire_leases(world.engine)  # the killed process was the only one with leases
     world.assert_in_step()
     assert world.memory.verify(world.engine).clean
     lines = (place.folder / "committed.log").read_text().splitlines()

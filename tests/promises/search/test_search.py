@@ -490,7 +490,7 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": "person"}, "neither a tracked class nor a select"),
+        ({"target": "person"}, "Give a tracked class, or a select"),
         ({"target": select(Person.name)}, "select\\(\\) must have exactly one tracked class"),
         ({"target": select(Person, Tag)}, "select\\(\\) must have exactly one tracked class"),
         ({"target": select(Person).limit(3)}, "has LIMIT"),

@@ -49,7 +49,7 @@ def test_criteria_by_any_type_find_what_sql_finds(engine: Engine, index: VectorI
 
 
 def test_criteria_by_an_adapted_value_find_what_the_driver_sends(sqlite_engine: Engine) -> None:
-    """An application may tell its driver how to send objects of a class. On PostgreSQL a dumper does this."""
+    """An application may register an adapter for a class with its driver. On PostgreSQL a dumper does this."""
     sqlite3.register_adapter(OddRole, lambda _: "note")
     try:
         assert_agrees_with_sql(sqlite_engine, InMemoryIndex())

@@ -405,10 +405,10 @@ def test_import_refuses_facts_that_exist(world: World) -> None:
     """A known transaction, a fact, a deleted fact, and a row that the log does not know."""
     write_history(world)
     file = export(world.memory, world.engine)
-    assert "Was this file imported before?" in refused(world, file, ConflictError)
+    assert "Perhaps this file was imported before" in refused(world, file, ConflictError)
     without_labels = [line for line in file.splitlines(keepends=True) if '"line":"transaction"' not in line]
     shorter = "".join([*without_labels[:-1], json.dumps({"line": "end", "lines": len(without_labels) - 1})])
-    assert "Was this file imported before?" in refused(world, shorter, ConflictError)
+    assert "Perhaps this file was imported before" in refused(world, shorter, ConflictError)
     empty(world)
     with world.session() as session:
         session.add(Tag(name="early", meaning="another"))

@@ -337,5 +337,5 @@ def test_undo_of_an_untracked_entity_is_refused(world: World) -> None:
     memory.track(Person, text="about")
     sessions = sessionmaker(world.engine)
     memory.attach(sessions)
-    with sessions() as session, pytest.raises(HistoryMissing, match="Cannot undo changes of tag: no longer tracked"):
+    with sessions() as session, pytest.raises(HistoryMissing, match="Cannot undo changes of tag: this Memory does"):
         memory.rollback(session)

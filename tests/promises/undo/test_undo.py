@@ -174,9 +174,9 @@ def test_bad_arguments_are_refused(app: App) -> None:
             app.memory.rollback(session, to="a", tx="b")
         with pytest.raises(MemstateError, match="on_conflict"):
             app.memory.rollback(session, on_conflict="ignore")  # type: ignore[arg-type]
-        with pytest.raises(MemstateError, match="Cannot revoke: whose changes"):
+        with pytest.raises(MemstateError, match="Cannot revoke: choose the changes"):
             app.memory.revoke(session)
-        with pytest.raises(MemstateError, match="Cannot revoke: whose changes"):
+        with pytest.raises(MemstateError, match="Cannot revoke: choose the changes"):
             app.memory.revoke(session, actor="a", tx=["b"])
         with pytest.raises(NotFound):
             app.memory.revoke(session, tx=["no such transaction"])

@@ -176,6 +176,15 @@ def test_a_renamed_json_column_is_upgraded_as_it_is(engine: Engine) -> None:
         session.commit()
         assert session.get_one(Renamed, 1).content == {"a": [1]}
 
+    def fail(old: dict[str, Any]) -> dict[str, Any]:
+        return {"id": old["id"], "content": old["contents"]}
+
+    app = make_app(engine, Renamed, text="id", version=2, upgrade={1: fail})
+    message = r"image of doc: upgrade\[1\] raised KeyError\. It got the columns id, data\. "
+    with app.sessions() as session, pytest.raises(MemstateError, match=message) as caught:
+        app.memory.history(session, Renamed, 1)
+    assert isinstance(caught.value.__cause__, KeyError)
+
 
 # -- other transactions ------------------------------------------------------------------------------------------------
 
