@@ -9,17 +9,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from memstate_sa.cli.display import Console, cell, counted, fact_name, facts_json, print_json, progress_bar
+from memstate_sa.cli.display import Console, cell, fact_name, facts_json, print_json, progress_bar
+from memstate_sa.cli.errors import fail
 from memstate_sa.cli.opening import open_memory, tracked_classes
 from memstate_sa.cli.options import App, JsonDocument, Url
 from memstate_sa.cli.relay import FILLING
+from memstate_sa.runtime.display import counted
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from memstate_sa import Diagnosis, Memory
 
-_EXAMPLES = 20  # the most facts of each kind that are named
+_EXAMPLES = 20  # the most facts of each kind that are shown
 _DRIFT = ("missing", "ghost", "stale", "pending")
 
 
@@ -32,6 +34,7 @@ def verify(
     """Compare the content of every index with the database.
 
     The exit code is 1 if an index differs and was not repaired.
+    An index in memory can only be compared by the process that has it.
 
     memstate-sa verify
     memstate-sa verify --repair
@@ -49,6 +52,12 @@ def verify(
         table = Table("rows checked", *_DRIFT)
         table.add_row(str(report.checked), *(str(len(facts)) for facts in facts_by_kind.values()))
         console.print(table)
+        unfilled = [name for name, backlog in memory.status(engine).items() if backlog.refilling]
+        if report.missing and unfilled:
+            fail(
+                f"{', '.join(unfilled)}: not filled yet. {FILLING} An index in memory is filled only in the process of "
+                "its relay: call memory.verify(engine) there."
+            )
         _print_facts(console, facts_by_kind)
         if report.clean:
             console.print("[green]Nothing has drifted.[/]")
@@ -57,11 +66,7 @@ def verify(
             waiting_facts = counted(waiting, "fact waits", "facts wait")
             console.print(f"{waiting_facts} for the running relay." if waiting else "[green]Repaired.[/]")
         else:
-            unfilled = [name for name, backlog in memory.status(engine).items() if backlog.refilling]
-            if unfilled:
-                console.print(f"[yellow]Not filled yet: {escape(', '.join(unfilled))}.[/] {FILLING}", soft_wrap=True)
-            else:
-                console.print("[red]The index has drifted.[/] --repair delivers these facts again.")
+            console.print("[red]The index has drifted.[/] --repair delivers these facts again.")
             raise typer.Exit(1)
 
 

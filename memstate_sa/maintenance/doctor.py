@@ -101,11 +101,8 @@ class Diagnosis:
 
         Facts that ``repair=True`` has logged count as different.
         """
-        return not (self.changed or self.gone or self.has_problems)
-
-    @property
-    def has_problems(self) -> bool:
-        return not all(isinstance(problem, Risk) for problem in self.problems)
+        is_risk = [isinstance(problem, Risk) for problem in self.problems]
+        return not (self.changed or self.gone) and all(is_risk)
 
     def __repr__(self) -> str:
         counts = {
