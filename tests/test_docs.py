@@ -162,6 +162,7 @@ def test_blocks_run(page: str, engine: Engine, tmp_path: Path) -> None:
     url = engine.url.render_as_string(hide_password=False)
     program = tmp_path / "document.py"
     program.write_text(script(Path(page), url))
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "PYTHONWARNINGS": "error"}
     done = subprocess.run(
         [sys.executable, program.name], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200

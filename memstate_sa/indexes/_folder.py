@@ -70,8 +70,8 @@ class LockedFolder:
                 self._lock.acquire(blocking=False)
         except Timeout as error:
             raise MemstateError(
-                f"Cannot open the {self._kind} folder {str(self._file.parent)!r}. It is already open, and a second "
-                f"user would corrupt it. {self._advice}"
+                f"Cannot open the {self._kind} folder {str(self._file.parent)!r}. It is already open, perhaps in "
+                f"the other process of a reloader, and a second user would corrupt it. {self._advice}"
             ) from error
 
     def vacuum(self) -> None:
