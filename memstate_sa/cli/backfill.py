@@ -14,9 +14,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from memstate_sa.cli.display import Console, counted, progress_bar
+from memstate_sa.cli.display import Console, progress_bar
 from memstate_sa.cli.opening import load_models, open_memory
 from memstate_sa.cli.options import App, Url
+from memstate_sa.runtime.display import counted
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

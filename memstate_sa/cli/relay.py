@@ -15,10 +15,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Column, Table
 
-from memstate_sa.cli.display import Console, counted, print_json, progress_bar
+from memstate_sa.cli.display import Console, print_json, progress_bar
 from memstate_sa.cli.opening import index_names, open_memory
 from memstate_sa.cli.options import App, Indexes, JsonDocument, Timeout, Url
 from memstate_sa.errors import MemstateError, MissingExtra
+from memstate_sa.runtime.display import counted
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

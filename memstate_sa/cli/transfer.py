@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from memstate_sa.cli.display import Console, counted, progress_bar
+from memstate_sa.cli.display import Console, progress_bar
 from memstate_sa.cli.opening import load_models, open_memory, require_database
 from memstate_sa.cli.options import App, Url
+from memstate_sa.runtime.display import counted
 
 
 def export_facts(

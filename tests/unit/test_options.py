@@ -37,7 +37,7 @@ MISSPELT: dict[str, tuple[Callable[..., Any], str]] = {
 def test_a_misspelt_option_names_the_close_match(case: str) -> None:
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     call, meant = MISSPELT[case]
-    function = case.split()[0].partition("'")[0]
+    function = case.replace("'", " ").split(maxsplit=1)[0]
     with pytest.raises(TypeError, match=rf"{function}\(\) has no option '\w+'\. Did you mean '{meant}'\?"):
         call(memory, Session(create_engine("sqlite://")))
 

@@ -85,6 +85,11 @@ class StepLifetime:
 class StepSession(Session):
     """The Session of a step. Code of the node cannot commit it: the changes would stay when the node fails."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.label: Callable[[], None] = lambda: None
+        """Labels the next transaction of this Session."""
+
     def begin(self, nested: bool = False) -> SessionTransaction:
         if not nested:
             raise _commit_error()
@@ -92,6 +97,10 @@ class StepSession(Session):
 
     def commit(self) -> None:
         raise _commit_error()
+
+    def rollback(self) -> None:
+        super().rollback()
+        self.label()  # the labels of the log end with a transaction
 
 
 def _commit_error() -> MemstateError:
@@ -104,7 +113,9 @@ def _commit_error() -> MemstateError:
 class NodeTransaction:
     """The open transaction of a task. First it waits for a permit. All ``with step():`` blocks of the task share it."""
 
-    def __init__(self, task: Task, session: Session, semaphore: FairSemaphore, changed: threading.Condition) -> None:
+    def __init__(
+        self, task: Task, session: StepSession, semaphore: FairSemaphore, changed: threading.Condition
+    ) -> None:
         self.task, self.session = task, session
         self.settling_task = task  # the task whose save commits this transaction
         self.semaphore, self.permit = semaphore, semaphore.request()
@@ -153,7 +164,7 @@ class NodeTransaction:
         self._postponed_saves.append(save)
 
     @contextmanager
-    def block(self) -> Iterator[Session]:
+    def block(self) -> Iterator[StepSession]:
         """The Session for one block of the task. If the block fails, its changes are rolled back."""
         try:
             with self._locked_block() as session:
@@ -163,7 +174,7 @@ class NodeTransaction:
                 self.abandon()
 
     @contextmanager
-    def _locked_block(self) -> Iterator[Session]:
+    def _locked_block(self) -> Iterator[StepSession]:
         with self.lock:
             self.block_count += 1
             try:

@@ -18,7 +18,7 @@ from memstate_sa.db import sqlite
 from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey
 from memstate_sa.integrations.langgraph.fair_semaphore import FairSemaphore
-from memstate_sa.integrations.langgraph.node_transactions import NodeTransaction, StepLifetime, Task
+from memstate_sa.integrations.langgraph.node_transactions import NodeTransaction, StepLifetime, StepSession, Task
 from memstate_sa.runtime import forks
 
 _REMEMBERED = 4096
@@ -37,7 +37,7 @@ class StepCoordinator:
     the graph by a Command, it would wait for the save. So the save is postponed until the step has ended.
     """
 
-    def __init__(self, sessions: Callable[[], Session], timeout_s: float, room: int = 1) -> None:
+    def __init__(self, sessions: Callable[[], StepSession], timeout_s: float, room: int = 1) -> None:
         self._sessions, self._timeout_s, self._room = sessions, timeout_s, room
         self._reset()
         forks.in_child(self, StepCoordinator._forked)
@@ -233,7 +233,7 @@ class StepCoordinator:
     @contextmanager
     def step(
         self, task: Task, is_saved: Callable[[CheckpointKey], bool], lifetime: StepLifetime
-    ) -> Iterator[tuple[Session, bool]]:
+    ) -> Iterator[tuple[StepSession, bool]]:
         """The Session of *task*, and whether this is the first block that uses it.
 
         The step ends at the latest with *lifetime*, because LangGraph does not report the end of a cancelled run.
@@ -431,7 +431,8 @@ class StepCoordinator:
         with self._changed:
             keys = self._keys_settled_by(thread_id, task_id)
             transactions = [self._open[key] for key in keys]
-            self._committing += transactions  # add first, because others read `_open` without the lock
+            # Add them before removing them from _open, which others read without the lock.
+            self._committing += transactions
             for key in keys:
                 del self._open[key]
             return transactions
