@@ -73,7 +73,8 @@ def backfill(
                     while any(process.poll() is None for process in children):
                         sleep(0.3)
                         run(limit=0, restart=False, progress=update)
-                run(rate=rate, restart=False, progress=update)  # the rest, or the error, of a process that failed
+                # Read the rows that failed processes have left, or raise the error that ended them.
+                run(rate=rate, restart=False, progress=update)
                 added = _added(engine) - added_before
         console.print(f"{counted(added, 'row was', 'rows were')} new to the log. The relay delivers new rows.")
         if restarts is False and not added:

@@ -31,7 +31,7 @@ class Console(console.Console):
 
 
 def cell(value: str | None) -> str:
-    """*value*, which came from data, for one line: neither markup nor control characters act."""
+    """*value*, which came from data, for one line. Markup and control characters in it have no effect."""
     return escape(printable(value or ""))
 
 
@@ -39,7 +39,7 @@ def cell(value: str | None) -> str:
 def progress_bar(
     title: str, *columns: ProgressColumn, transient: bool = True
 ) -> Iterator[Callable[[int, int | None], None]]:
-    """A function that moves a progress bar on stderr. A *transient* one leaves no trace, and needs a terminal."""
+    """A function that moves a progress bar on stderr. A *transient* bar vanishes at the end, and needs a terminal."""
     stderr = Console(stderr=True)
     is_disabled = transient and not stderr.is_terminal
     with Progress(*columns, console=stderr, transient=transient, disable=is_disabled) as progress:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from memstate_sa import Diagnosis, Memory
 
-_EXAMPLES = 20  # the most facts of each kind that are named
+_EXAMPLES = 20  # the most facts of each kind that are shown
 _DRIFT = ("missing", "ghost", "stale", "pending")
 
 

@@ -153,7 +153,9 @@ def revoke(
     memstate-sa revoke --actor importer --on-conflict force --yes
     """
     if session_id is None and actor is None and not tx:
-        raise typer.BadParameter("Give one of them, to say whose changes.", param_hint="--actor, --session-id or --tx")
+        raise typer.BadParameter(
+            "Give one of these options. It says whose changes to undo.", param_hint="--actor, --session-id or --tx"
+        )
 
     def undo(memory: Memory, session: Session, *, dry_run: bool) -> Revocation:
         return memory.revoke(
@@ -187,7 +189,7 @@ class _Request(NamedTuple):
 
 
 def _undo(app: str, url: str | None, request: _Request, *, dry_run: bool, yes: bool) -> None:
-    """Plan, ask, undo. No row is locked while the command waits for an answer."""
+    """Plan the undo, ask for confirmation, then undo. No row is locked while the command waits for the answer."""
     with open_memory(app, url) as (memory, engine), _session(memory, engine) as session:
         plan = None if yes and not dry_run else request.undo(memory, session, dry_run=True)
         session.rollback()
@@ -232,7 +234,7 @@ def _moment(text: str) -> datetime | str:
 
 
 def _key(model: Any, text: str) -> Any:
-    """The primary key that *text* writes as `log` shows it. A composite key is a JSON array."""
+    """The primary key in *text*, which has the form that `log` shows. A composite key is a JSON array."""
     from pydantic import ConfigDict, TypeAdapter
     from sqlalchemy import inspect
 
@@ -245,7 +247,7 @@ def _key(model: Any, text: str) -> Any:
     except ValueError as error:
         names = ", ".join(f"{column.name} ({_python_type(column).__name__})" for column in columns)
         form = "a JSON array of " if len(columns) > 1 else ""
-        message = f"{text!r} is not a key of {model.__name__}, which is {form}{names}."
+        message = f"Invalid key {text!r}. A key of {model.__name__} is {form}{names}."
         raise typer.BadParameter(message, param_hint="KEY") from error
     return key if len(columns) > 1 else key[0]
 

@@ -119,7 +119,7 @@ def test_a_look_at_hits_loads_nothing() -> None:
         session.add(tip)
         session.commit()
         hits = Hits([Hit(tip, 0.5)])
-        engine.dispose()  # closes its in-memory database: a SELECT would fail
+        engine.dispose()  # this drops the in-memory database: a SELECT would fail
         assert repr(hits[0]) == "<Hit [0.500 | Tip]>"
         assert "Tip" in hits._repr_html_()
 
