@@ -17,8 +17,8 @@ import atexit
 import os
 
 from flask import Flask, Response, abort, g, jsonify, request
-from sqlalchemy import String, create_engine, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
+from sqlalchemy import String, create_engine, event, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from memstate_sa import ConflictError, Memory, sqlite
 from memstate_sa.indexes import ChromaIndex, VectorIndex
@@ -61,7 +61,12 @@ def create_app(url: str | None = None, index: VectorIndex | None = None) -> Flas
     def authenticate() -> None:
         """Take the user from a header, which a trusted proxy sets."""
         g.user = request.headers.get("X-User") or abort(401)
-        memory.annotate(db(), actor=g.user)  # db() is the Session of this request
+        db().info["user"] = g.user  # db() is the Session of this request
+
+    @event.listens_for(db, "after_begin")
+    def label(session: Session, *_: object) -> None:
+        """Labels end with their transaction, so each transaction gets them."""
+        memory.annotate(session, actor=session.info.get("user"))
 
     @app.teardown_appcontext
     def end_session(error: BaseException | None) -> None:
@@ -98,7 +103,7 @@ def create_app(url: str | None = None, index: VectorIndex | None = None) -> Flas
     @app.post("/undo")
     def undo() -> Response | tuple[Response, int]:
         try:
-            changes = memory.rollback(db())  # undo the last request of this user that changed something
+            changes = memory.rollback(db(), actor=g.user)  # undo the last transaction of this user
         except ConflictError as error:
             return jsonify(in_the_way=[change.key for change in error.changes]), 409
         db.commit()

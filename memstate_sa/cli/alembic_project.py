@@ -146,7 +146,7 @@ def edited(source: str, *, has_plugins: bool, has_branch: bool = False, has_opti
     calls = [
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "context.configure"
     ]
-    edits: list[tuple[int, str]] = []  # offsets, and the text to insert there
+    edits: list[tuple[int, str]] = []  # each edit is an offset, and the text to insert there
     text = _Text(source)
     imports = []
     if not (has_branch or _names_tables(tree)):

@@ -257,6 +257,36 @@ async def test_engine_arguments_take_an_async_engine(world: World, async_engine:
     memory.sync_engine(async_engine).dispose()
 
 
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+async def test_a_listener_labels_each_transaction(engine: Engine, async_engine: AsyncEngine, capture: Any) -> None:
+    """The recipe of the pages about FastAPI, SQLModel, Flask and undo. Labels end with their transaction."""
+    world = World(engine, capture=capture)
+    maker = async_sessionmaker(async_engine, expire_on_commit=False)
+    world.memory.attach(maker)
+
+    def label(session: Session, *_: object) -> None:
+        if "user" in session.info:
+            world.memory.annotate(session, actor=session.info["user"])
+
+    event.listen(Session, "after_begin", label)
+    try:
+        async with maker(info={"user": "ada"}) as session:
+            for name in ("a", "b"):
+                session.add(Tag(name=name))
+                await session.commit()
+            await session.rollback()
+            await session.execute(insert(Tag), [{"name": "c"}])
+            await session.commit()
+            assert [change.actor for change in await world.memory.ahistory(session, Tag)] == ["ada"] * 3
+        async with maker(info={"user": "ben"}) as session:
+            await session.rollback()
+            await session.commit()
+            assert await world.memory.arollback(session, actor="ben") == []
+    finally:
+        event.remove(Session, "after_begin", label)
+    await asyncio.to_thread(world.assert_in_step)
+
+
 async def test_triggers_know_the_labels_of_an_async_session(engine: Engine, async_engine: AsyncEngine) -> None:
     """The labels are set on the connection that the AsyncSession writes on."""
     world = World(engine, capture="trigger")
