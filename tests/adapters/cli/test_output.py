@@ -9,13 +9,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
+from memstate_sa import Change
 from memstate_sa.cli import processes
+from memstate_sa.cli.display import Console, print_changes
 from tests.support.commands import ROOT, Application, add_dead_key, app, bare, invoke
 
 __all__ = ["app", "bare"]
@@ -70,6 +73,17 @@ def test_times_ids_and_names_are_whole_at_any_width(app: Application, columns: i
     at = datetime.fromisoformat(entry["at"]).strftime("%Y-%m-%dT%H:%M:%SZ")
     assert lines[0] == f"{at}  {entry['tx']}  insert  note {key}"
     assert lines[1:] == [f"  by ana in {'s' * 60}", f"  id: {key}", "  text: Likes tea"]
+
+
+def test_namespace_of_a_langgraph_item_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("langgraph")
+    from memstate_sa.integrations.langgraph.item_rows import scope_of
+
+    item = {"scope": scope_of(("users", "ana")), "value": {"likes": "tea"}}
+    at = datetime(2026, 1, 2, tzinfo=UTC)
+    insert = Change(1, "tx", "memstate_item", "key", "insert", None, item, at)
+    print_changes(Console(width=200), [insert, replace(insert, op="delete", before=item, after=None)])
+    assert capsys.readouterr().out.count('scope: ["users", "ana"]') == 2
 
 
 def test_values_are_written_as_people_write_them(app: Application) -> None:
