@@ -22,7 +22,7 @@ from memstate_sa.maintenance.doctor import folded
 
 _METADATA = "memstate_sa.metadata"
 _PLUGINS = 'autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"]'
-_LONGEST_LINE = 88
+_LONGEST_LINE = 120
 _REGISTER = "memstate_sa.migrations.register()"
 _CLASSES = ("Memory", "MemoryStore", "AsyncMemoryStore")
 _REGISTERS = (_REGISTER, "migrations.register()")
