@@ -10,6 +10,8 @@ from alembic.util import CommandError
 from sqlalchemy import create_engine, make_url, pool
 
 import memstate_sa
+from memstate_sa.db.engines import engine_of
+from memstate_sa.errors import MemstateError
 from memstate_sa.migrations import VERSION_TABLE, is_ours, register
 
 register()
@@ -35,7 +37,10 @@ if context.is_offline_mode():
     with context.begin_transaction():
         context.run_migrations()
 else:
-    engine = create_engine(url, poolclass=pool.NullPool)
+    try:
+        engine = create_engine(engine_of(url).url, poolclass=pool.NullPool)
+    except MemstateError as error:
+        raise CommandError(str(error)) from error
     with engine.connect() as connection:
         context.configure(connection=connection, **options)
         with context.begin_transaction():

@@ -40,7 +40,7 @@ def run(*, quick: bool = False) -> None:
 
 
 def measure(database: str, index: str, new_engine: Callable[[], Engine], home: Path, *, quick: bool) -> None:
-    """Seconds a commit. A relay runs for both kinds of delivery. With strict it finds the rows already delivered."""
+    """Seconds a commit. A relay runs for both kinds of delivery. With strict delivery it has nothing to write."""
     rounds, count = (3, 5) if quick else (21, 40)
     contents = iter(texts((rounds + 1) * count * 3))
     with ExitStack() as stack:

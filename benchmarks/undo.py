@@ -302,7 +302,7 @@ def measure(database: str, new_url: Callable[[], str], sizes: Sequence[int], rou
 
 
 def beside_the_peer(home: Path, rounds: int, stack: ExitStack) -> None:
-    """Undo of 100 commits on SQLite and Chroma, and the time until the index follows. memstate's follows at once."""
+    """Undo of 100 commits on SQLite and Chroma, and the time until the index follows (with memstate, at once)."""
     steps = 100
     contents = iter(texts(2 * steps * (rounds + 1)))
     contenders = {"theirs": theirs(home, steps, contents, stack), "ours": ours(home, steps, contents, stack)}

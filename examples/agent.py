@@ -1,11 +1,11 @@
-"""An agent that remembers, looks up, corrects itself and is undone, on models of its own.
+"""An agent with its own models: it remembers, recalls and corrects facts, and its turns can be undone.
 
 ``python examples/agent.py [--url sqlite:///agent.db]``
 
-Plain SQLAlchemy and SQLite, real embeddings (the extra "wordllama"), no network. A few patterns take the place of a
-language model, and decide which tool to call. The loop is the same as with a model:
+It uses plain SQLAlchemy and SQLite, real embeddings (the extra "wordllama") and no network. A few patterns decide which
+tool to call, instead of a language model. The loop is the same as with a model:
 
-- A turn is one transaction. When the model or a tool raises, nothing of the turn ever happened.
+- A turn is one transaction. If the model or a tool raises an error, nothing of the turn stays.
 - A tool call is a SAVEPOINT. An error of the schema is handed back to the model as data, and the turn goes on.
 - Each turn is labelled with the conversation, and with the words of the user. So "undo that" means a turn of this
   conversation. History can say why something is believed.
@@ -36,17 +36,18 @@ class Base(DeclarativeBase):
 
 
 class Belief(Base):
-    """Something that the agent holds to be true."""
+    """A statement that the agent believes."""
 
     __tablename__ = "belief"
-    __table_args__ = {"sqlite_autoincrement": True}  # an id is never given out again: undo may need it
+    # Undo may need the id of a deleted row, so SQLite must not use it again.
+    __table_args__ = {"sqlite_autoincrement": True}
     id: Mapped[int] = mapped_column(primary_key=True)
     content: Mapped[str]
     certainty: Mapped[float]
 
 
 class Errand(Base):
-    """Something that the agent was asked to do."""
+    """A task that a user gave to the agent."""
 
     __tablename__ = "errand"
     __table_args__ = {"sqlite_autoincrement": True}
@@ -65,7 +66,7 @@ class ValidBelief(BaseModel):
 
 @dataclass
 class Call:
-    """A tool that the model wants to be called."""
+    """A call of a tool, as the model requests it."""
 
     tool: str
     arguments: dict[str, Any]
@@ -81,11 +82,11 @@ class Result:
 
 
 Model = Callable[[str, list[Result]], Call | str]
-"""What was said, and what the tools called so far have answered, to the next call, or to the agent's words."""
+"""A function of the user's words and the results so far. It returns the next call, or the agent's answer."""
 
 
 class Agent:
-    """The loop, and the tools."""
+    """The loop that calls tools, and the tools themselves."""
 
     def __init__(self, sessions: sessionmaker[Session], memory: Memory, model: Model, conversation: str) -> None:
         self.sessions = sessions
@@ -134,12 +135,12 @@ class Agent:
         return f"was {before!r}"
 
     def recall(self, session: Session, question: str) -> list[tuple[int, str]]:
-        """The nearest beliefs, as this transaction sees them: its own new beliefs are included."""
+        """The nearest beliefs. New beliefs of this transaction are included."""
         hits = self.memory.search(session, question, select(Belief).where(Belief.certainty > 0.3), limit=2)
         return [(hit.fact.id, hit.fact.content) for hit in hits]
 
     def undo(self, session: Session) -> list[str]:
-        """The last turn of this conversation that changed anything: the labels of the transaction say which."""
+        """Undo the last turn of this conversation that changed anything. The labels of the transaction select it."""
         return [f"{change.op} {change.entity} {change.key}" for change in self.memory.rollback(session)]
 
     def forget_all(self, session: Session) -> int:
@@ -148,7 +149,7 @@ class Agent:
 
 
 def scripted(said: str, results: list[Result]) -> Call | str:
-    """Stands in for a language model."""
+    """The decision of a scripted model, in place of a language model."""
     last = results[-1] if results else None
     if said.startswith("No, "):
         if last is None:
@@ -167,15 +168,15 @@ def scripted(said: str, results: list[Result]) -> Call | str:
     if said.startswith("Please "):
         return "I will." if last else Call("note_errand", {"what": said[7:]})
     if last is None:
-        return Call("remember", {"content": said, "certainty": 90})  # it thinks in per cent
+        return Call("remember", {"content": said, "certainty": 90})  # the model uses per cent by mistake
     if last.errors:
-        return Call("remember", {"content": said, "certainty": 0.9})  # and reads the error
+        return Call("remember", {"content": said, "certainty": 0.9})  # it corrects its call after the error
     return "I will remember that."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="default: an SQLite that is gone afterwards")
+    parser.add_argument("--url", help="a database (default: a temporary SQLite file)")
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
         converse(given.url or f"sqlite:///{Path(folder) / 'agent.db'}")

@@ -1,4 +1,4 @@
-"""Bookmarks with a memory: Flask, and the scoped_session that its applications usually have.
+"""Bookmarks with a memory: a Flask application with the usual scoped_session.
 
 ``flask --app examples/flask_app.py run`` (needs Flask and the extras "chroma" and "wordllama"), then::
 
@@ -7,8 +7,8 @@
     curl -H 'X-User: ada' 'localhost:5000/search?q=baking'
     curl -H 'X-User: ada' -X POST localhost:5000/undo
 
-BOOKMARKS_URL is the database (default: sqlite:///bookmarks.db), BOOKMARKS_CHROMA the folder of the vectors. One process
-may use that folder: with ``gunicorn --workers 4`` take a Chroma server, and ``chromadb.HttpClient()``.
+BOOKMARKS_URL is the database (default: sqlite:///bookmarks.db), and BOOKMARKS_CHROMA the folder of the vectors. Only
+one process can use that folder. With ``gunicorn --workers 4``, use a Chroma server and ``chromadb.HttpClient()``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Base(DeclarativeBase):
 
 class Bookmark(Base):
     __tablename__ = "bookmark"
-    __table_args__ = {"sqlite_autoincrement": True}  # the id of a deleted one is never another's
+    __table_args__ = {"sqlite_autoincrement": True}  # SQLite never uses the id of a deleted bookmark again
     id: Mapped[int] = mapped_column(primary_key=True)
     owner: Mapped[str] = mapped_column(String(50), index=True)
     url: Mapped[str]
@@ -55,11 +55,11 @@ def create_app(url: str | None = None, index: VectorIndex | None = None) -> Flas
     memory.create_tables(engine)
     memory.relay(engine).start()
     atexit.register(engine.dispose)
-    atexit.register(memory.close)  # the last is called first
+    atexit.register(memory.close)  # atexit calls this before engine.dispose
 
     @app.before_request
     def authenticate() -> None:
-        """A proxy in front is trusted to say who it is."""
+        """Take the user from a header, which a trusted proxy sets."""
         g.user = request.headers.get("X-User") or abort(401)
         db().info["user"] = g.user  # db() is the Session of this request
 
@@ -103,7 +103,7 @@ def create_app(url: str | None = None, index: VectorIndex | None = None) -> Flas
     @app.post("/undo")
     def undo() -> Response | tuple[Response, int]:
         try:
-            changes = memory.rollback(db(), actor=g.user)  # this user's last transaction
+            changes = memory.rollback(db(), actor=g.user)  # undo the last transaction of this user
         except ConflictError as error:
             return jsonify(in_the_way=[change.key for change in error.changes]), 409
         db.commit()

@@ -1,6 +1,7 @@
-"""A LangGraph agent whose memory and state are one: it is killed and resumed, asked about the past, and made to forget.
+"""A LangGraph agent that commits its memory and its state together. It survives a kill, can go back, and can forget.
 
-``python examples/langgraph_agent.py [--url sqlite:///agent.db]`` (no network: the model follows a script)
+``python examples/langgraph_agent.py [--url sqlite:///agent.db]``. A script takes the place of a model, so no network is
+needed.
 
 The agent's memories are facts of a `MemoryStore`. Its conversation and its next nodes are LangGraph's checkpoints. A
 `checkpointer.step()` commits both together. Needs ``pip install 'memstate-sa[langgraph,wordllama]'``.
@@ -72,7 +73,7 @@ class Agent:
         return {"messages": replies}
 
     def remember(self, text: str) -> str:
-        with self.checkpointer.step():  # commits with this node's writes to the state, or not at all
+        with self.checkpointer.step():  # this commits with the node's writes to the state, or not at all
             self.store.commit(Fact(type="note", payload={"text": text}), actor="assistant")
             if self._dies:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -89,14 +90,14 @@ class Agent:
         return self._answer({"messages": [HumanMessage(text)]}, self.config)
 
     def resume(self, config: Any = None) -> str:
-        """Go on from the latest checkpoint, or from another one."""
+        """Continue from the checkpoint in *config*, by default from the latest."""
         return self._answer(None, config or self.config)
 
     def _answer(self, given: Any, config: Any) -> str:
         return str(self.graph.invoke(given, config)["messages"][-1].text)
 
     def before_the_answer_to(self, text: str) -> Any:
-        """The checkpoint at which this was asked, and the tools were next."""
+        """The checkpoint after the question *text*, before the tools ran."""
         asked = (s for s in self.graph.get_state_history(self.config) if s.next == ("tools",))
         return next(snapshot for snapshot in asked if snapshot.values["messages"][-2].text == text)
 
@@ -105,7 +106,7 @@ class Agent:
 
 
 def crash_and_resume(agent: Agent, url: str, text: str) -> list[str]:
-    """Another process is told something, and killed with the fact written, not committed; the notes, step by step."""
+    """Tell *text* to another process, kill it before it commits, and resume. Return the notes each time."""
     seen = [str(agent.notes())]
     killed = subprocess.run([sys.executable, __file__, "--url", url, "--die-of", text], check=False)  # noqa: S603
     assert killed.returncode == -signal.SIGKILL
@@ -115,7 +116,7 @@ def crash_and_resume(agent: Agent, url: str, text: str) -> list[str]:
 
 
 def tell_the_story(url: str) -> list[str]:
-    """The lines of the story."""
+    """Play the story, and return its lines."""
     agent = Agent(url)
     try:
         lines = [agent.say("I live in Paris."), agent.say("I am allergic to nuts."), agent.say("Where do I live?")]

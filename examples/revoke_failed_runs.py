@@ -1,28 +1,28 @@
-"""Take the writes of failed agent runs out of a database with other runs, and prove that nothing is left.
+"""Undo the writes of failed agent runs in a database with other runs, and prove that nothing of them is left.
 
 ``python examples/revoke_failed_runs.py [--data FOLDER] [--url URL] [--by run|transaction|all] [--chroma]``
 
-200 recorded runs of an airline agent (tau-bench) are replayed into one database, a call of each in turn. Then
-``memory.revoke(session, session_id=…)`` takes back every run that earned no reward. The calls of the other runs alone
-are replayed into a second database. Tables and vectors of both databases are compared, row by row. They may differ in
+200 recorded runs of an airline agent (tau-bench) are replayed into one database, one call of each run in turn. Then
+``memory.revoke(session, session_id=…)`` undoes every run that earned no reward. Only the calls of the other runs are
+replayed into a second database. Tables and vectors of both databases are compared, row by row. They may differ in
 facts that the reports of ``revoke`` named, and in no others.
 
-The design of the tables decides how much can be taken back:
+The design of the tables decides how much can be undone:
 
-- One call replaces one row as a whole. A call replaces all flights of a reservation, or all of its passengers:
-  `Itinerary` and `Party` are rows of their own, so that a cancellation does not stand in the way of new passengers.
-- Each payment is a row of its own (`Payment`), which is added and never changed. It is never in the way. A balance that
-  each call reads and writes (`PaymentMethod.amount`) is the opposite. Once another run has spent from the card, an
-  earlier charge cannot be taken back by restoring a row. It is reported. An application that adds its payments up
-  instead has no such fact.
-- `revoke` leaves a fact alone as a whole where another's change is among those of the run. With one transaction at a
-  time, the newest first (``--by transaction``), it also takes back the run's changes after that change. Then only
-  balances differ.
+- One call replaces one whole row. A call replaces all flights of a reservation, or all of its passengers. So
+  `Itinerary` and `Party` are separate rows: a later change of the passengers does not prevent the undo of the flights.
+- Each payment is a separate row (`Payment`), which is added and never changed. Its undo never has a conflict. A balance
+  that each call reads and writes (`PaymentMethod.amount`) is the opposite. After another run has spent from the card,
+  restoring a row cannot undo an earlier charge, so `revoke` reports it. An application that sums up its payments has no
+  such fact.
+- `revoke` leaves a whole fact alone if another run's change is among the changes of the run. With one transaction at a
+  time, the newest first (``--by transaction``), it also undoes the run's changes after that change. Then only balances
+  differ.
 - A row says which call wrote it last (`last_call`). Without it, a call that writes the present value would change
-  nothing in the database. To take back the first of two such calls would then take back both.
+  nothing in the database. The undo of the first of two such calls would then undo both.
 
-Each run was recorded on a database of its own. So the recorded result of a call decides which values it writes. Ids
-that a call made up carry the name of its run. A card that several runs use may go below zero.
+Each run was recorded on a separate database. So a replayed call writes the values of its recorded result. Ids that a
+call made up get the name of its run. The balance of a card that several runs use may go below zero.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.testing import HashEmbedder
 
 Fact: TypeAlias = tuple[str, Any]
-"""(table, primary key)"""
+"""A table, and a primary key in it."""
 
 Granularity: TypeAlias = Literal["run", "transaction", "all"]
-"""What one call of `revoke` takes back. A fact is left alone as a whole, so the less, the less has to be left alone."""
+"""The changes that one call of `revoke` undoes. It leaves whole facts alone, so smaller calls undo more."""
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -76,7 +76,7 @@ class User(Base):
 
 
 class PaymentMethod(Base):
-    """A card or a certificate; a certificate is spent as a whole."""
+    """A card or a certificate. A payment uses up a whole certificate."""
 
     __tablename__ = "payment_method"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -111,7 +111,7 @@ class Reservation(Base):
 
 
 class Itinerary(Base):
-    """The flights of a reservation, which are only ever replaced together."""
+    """The flights of a reservation. They are replaced together."""
 
     __tablename__ = "itinerary"
     reservation_id: Mapped[str] = mapped_column(ForeignKey(Reservation.id), primary_key=True)
@@ -135,7 +135,7 @@ class Party(Base):
 
 
 class Payment(Base):
-    """A payment for a reservation, or a refund: it is added, and never changed."""
+    """A payment for a reservation, or a refund. It is added, and never changed."""
 
     __tablename__ = "payment"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -215,7 +215,7 @@ def send_certificate(session: Session, call: Call) -> None:
 
 
 def _pay(session: Session, call: Call, *, settled: bool = True) -> None:
-    """Add the payments of *call*; not *settled*: they are announced, as refunds are, and no balance changes yet."""
+    """Add the payments of *call*. Without *settled*, they are only announced, like refunds, and no balance changes."""
     reservation = call.result["reservation_id"]
     for number, payment in enumerate(call.payments):
         method = session.get_one(PaymentMethod, payment["payment_id"])
@@ -289,7 +289,7 @@ class Recording:
         return cls(users, reservations, runs)
 
     def calls(self, *, failed: bool | None = None) -> list[Call]:
-        """A call of each run in turn; in the same order, those of the runs that *failed* or did not."""
+        """The calls of all runs, or of the runs that *failed* or did not. One call of each run comes in turn."""
         wanted = [run.calls if failed in (None, run.failed) else [] for run in self.runs]
         return [call for turn in zip_longest(*wanted) for call in turn if call is not None]
 
@@ -312,7 +312,7 @@ def _calls(run: str, messages: list[dict[str, Any]], reservations: dict[str, Any
             history = result["payment_history"]
             added = history[paid.get(id_, 0) :]
             paid[id_] = len(history)
-            if id_ not in reservations:  # every run calls its first booking HATHAT
+            if id_ not in reservations:  # HATHAT is the first booking of every run
                 result["reservation_id"] = f"{run}:{id_}"
             yield Call(run, number, tool, arguments, result, added)
         number += 1
@@ -322,12 +322,12 @@ def _calls(run: str, messages: list[dict[str, Any]], reservations: dict[str, Any
 
 
 class Airline:
-    """The application on a database of its own, and its memory."""
+    """The application on one database, and its memory."""
 
     def __init__(self, engine: Engine, index: VectorIndex) -> None:
         self.engine = engine
         self.index = index
-        self._transactions: dict[str, str | None] = {}  # of each call
+        self._transactions: dict[str, str | None] = {}  # the transaction of each call
         self.memory = Memory(index, embedder=HashEmbedder())
         for model, text in TEXTS.items():
             self.memory.track(model, text=text)
@@ -360,7 +360,7 @@ class Airline:
             session.commit()
 
     def replay(self, calls: Sequence[Call], title: str) -> None:
-        """One transaction a call."""
+        """Make the calls, each in one transaction."""
         for call in track(calls, title, console=console, transient=True):
             with self.sessions() as session:
                 self.memory.annotate(session, session_id=call.run, actor="agent", reason=call.tool)
@@ -369,7 +369,7 @@ class Airline:
                 self._transactions[call.name] = self.memory.token(session)
 
     def revoke(self, calls: Sequence[Call], by: Granularity = "run") -> Revoked:
-        """Take back *calls*, the last first. So a failed run that built on another failed run goes before it."""
+        """Undo *calls*, the last one first. So a failed run is undone before an earlier failed run that it built on."""
         newest = list(reversed(calls))
         requests: dict[Granularity, list[dict[str, Any]]] = {
             "run": [{"session_id": run} for run in dict.fromkeys(call.run for call in newest)],
@@ -445,7 +445,7 @@ class Revoked:
 
 @dataclass
 class Proof:
-    """The changes that were taken back, and the differences from a replay of the other runs alone."""
+    """The changes that were undone, and the differences from a replay of the other runs alone."""
 
     revoked: Revoked
     differing_rows: set[Fact]
@@ -459,7 +459,7 @@ class Proof:
 
 
 def replay_the_others(recording: Recording, airline: Airline) -> State:
-    """The expected state: the runs that did not fail, alone."""
+    """Replay only the runs that did not fail, and return the expected state."""
     airline.load(recording)
     airline.replay(recording.calls(failed=False), "the other runs alone")
     airline.deliver()

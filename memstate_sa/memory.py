@@ -59,8 +59,8 @@ Text: TypeAlias = str | QueryableAttribute[Any] | Callable[[M], str | None] | No
 class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     """Facts in SQL, and their meaning in vector indexes that follow the application's own transactions.
 
-    *index*: a `VectorIndex`, which is then named "memory", or several by name. Without an index there is no search, and
-    history and undo work as always.
+    *index*: a `VectorIndex`, which is then named "memory", or a dict of several by name. Without an index there is no
+    search, but history and undo work.
     *options*: see `MemoryOptions`.
 
     There is no module-level state: two Memory objects do not see each other. Nothing is opened before its first use.
@@ -210,7 +210,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         is closed when the call has ended: see `Relay.stop`.
 
         Afterwards, tracked classes, attached Sessions and engines no longer keep this Memory alive. While the
-        application keeps it alive, attached Sessions are still captured. Their next use opens this Memory again, and a
+        application itself keeps it, attached Sessions are still captured. Their next use opens this Memory again, and a
         relay delivers their writes.
         """
         deadline = time.monotonic() + timeout

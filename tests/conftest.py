@@ -23,23 +23,23 @@ from tests.support.pairs import covering
 
 # Each run has the same examples, so that a new failure comes from the change. `make soak` and `make fuzz` use others.
 hypothesis_settings.register_profile("repeatable", derandomize=True)
-# --hypothesis-profile=noshrink: the first counterexample as it was found, for slow properties.
+# --hypothesis-profile=noshrink shows the first counterexample as it was found, for slow properties.
 hypothesis_settings.register_profile("noshrink", derandomize=True, phases=(Phase.explicit, Phase.generate))
 hypothesis_settings.load_profile("repeatable")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background command, or its child
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background commands like this
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_MEMORY = Path("/dev/shm")  # made for files of programs of one user
+_MEMORY = Path("/dev/shm")  # the system keeps these files in memory
 _ENOUGH = 4 << 30
 
 
 def pytest_configure() -> None:
     """Keep the files of tests in memory if there is enough: a disk takes a second for a hundred new databases."""
     if "TMPDIR" not in os.environ and _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _ENOUGH:
-        os.environ["TMPDIR"] = str(_MEMORY)  # also for processes that tests start
-        tempfile.tempdir = None  # so that Python reads TMPDIR again
+        os.environ["TMPDIR"] = str(_MEMORY)  # processes that tests start use it too
+        tempfile.tempdir = None  # Python then reads TMPDIR again
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -239,6 +240,16 @@ def test_the_reference_has_each_public_name() -> None:
     shown = {name.rpartition(".")[2] for name in documented()} | set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert {name.rpartition(".")[2] for name in names} - shown == {"UntrackedWriteWarning"}
     assert "`UntrackedWriteWarning`" in page
+
+
+@pytest.mark.parametrize("page", sorted(page.stem for page in REFERENCE.glob("*.md")))
+def test_the_reference_names_the_files_of_its_docstrings(page: str) -> None:
+    """A reader of the repository sees no docstrings there."""
+    text = (REFERENCE / f"{page}.md").read_text()
+    names = re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+    files = {str(Path(inspect.getfile(pkgutil.resolve_name(name))).relative_to(ROOT)) for name in names}
+    source = "https://memstate-sa.example/source/"
+    assert set(re.findall(rf"\[(\S+)\]\({source}\1\)", text)) == files
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def rewriting(connection: Connection) -> Iterator[None]:
 
     A SAVEPOINT takes back both the permission and the changes when a statement fails.
     """
-    take_write_lock(connection)  # a driver that begins transactions itself does not begin one at a SAVEPOINT
+    take_write_lock(connection)  # some drivers begin a transaction at a write, but not at a SAVEPOINT
     as_setting = database_of(connection).has_transaction_settings
     with connection.begin_nested():
         functions.set_transaction_setting(connection, _REWRITE, "on") if as_setting else connection.execute(_put)

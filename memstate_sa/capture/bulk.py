@@ -84,9 +84,9 @@ class BulkCapture:
         return statement.execute()
 
     def _target(self, state: ORMExecuteState, dml: Any) -> tuple[Tracked, Mapper[Any]] | None:
-        """The tracked class whose rows *dml* changes, and its mapper. None when no class is captured this way."""
+        """The tracked class whose rows *dml* changes, and its mapper. None when only the guard checks *dml*."""
         entity = dml.table._annotations.get("parententity")
-        if entity is not None:  # a statement on a class; an ORM subquery in a statement on a table does not count
+        if entity is not None:  # the statement names a class; an ORM subquery does not count
             mapper = entity.mapper
             tracked = self._registry.find(mapper)
             return None if tracked is None else (tracked, mapper)
@@ -191,7 +191,7 @@ class BulkStatement:
 
     def run_returning_keys(self) -> tuple[Result[Any], list[RawKey]]:
         """Run an INSERT. Return the caller's result, and the keys of the rows that it inserted or changed."""
-        if self.dml._return_defaults:  # its result has the keys, and it cannot have RETURNING
+        if self.dml._return_defaults:  # the result has the keys, and RETURNING is impossible
             return self._run_returning_defaults()
         # SQLAlchemy inserts into this table last. A subclass' key may have a name of its own.
         table: Any = self.mapper.local_table
@@ -210,7 +210,7 @@ class BulkStatement:
         return result, keys
 
     def captured(self, result: Any, names: Sequence[str], key_names: Sequence[str]) -> tuple[Result[Any], list[RawKey]]:
-        """*result* for the caller, without its last columns, and the keys in them. *names* are those of the columns."""
+        """*result* without its last columns, which are named *names*, and the keys that were in these columns."""
         if getattr(result, "returns_rows", True):
             has_keys = list(result.keys())[-len(names) :] == list(names)
             result = CapturedResult(result, key_names if has_keys else ())
@@ -372,7 +372,7 @@ class _Change(BulkStatement):
         rows only if it may update them, and a role may have only the right to delete.
         """
         table, criteria = self.dml.table, self.dml._where_criteria
-        is_part = unaliased(table) != self.tracked.table  # it may be annotated, so "is" fails
+        is_part = unaliased(table) != self.tracked.table  # "is" fails for an annotated table
         if (criterion := inheritance_criterion(self.mapper)) is not None:
             if is_part:
                 self.guard.refuse(self.connection, self.dml, _SHARES_TABLE)

@@ -22,11 +22,11 @@ class CapturedResult(IteratorResult[Any], CursorResult[Any]):  # type: ignore[mi
         names = list(metadata.keys)
         width = len(names) - len(key_names)
         # A caller may look up values by column, as well as by name.
-        columns = [metadata._keymap[name][2] for name in names[:width]]  # noqa: SLF001  # no other way to keep them
+        columns = [metadata._keymap[name][2] for name in names[:width]]  # noqa: SLF001  # no other way keeps them
         rows = [tuple(row) for row in frozen().all()]
         self.keys_returned = [row[width:] for row in rows]
         super().__init__(SimpleResultMetaData(names[:width], extra=columns), iter([row[:width] for row in rows]))
-        cursor_result: Any = getattr(result, "raw", None) or result  # an ORM result is made from this one
+        cursor_result: Any = getattr(result, "raw", None) or result  # an ORM result has the cursor's own in ``raw``
         for name in CursorResult.__slots__:
             setattr(self, name, getattr(cursor_result, name, None))
         self._key_names = key_names

@@ -56,7 +56,7 @@ _of_sqlite = text(
 
 def reflected(connection: Connection, table: Table) -> Iterator[ForeignKey]:
     """The foreign keys of *table* in the database. They may differ from those of the mapping."""
-    if database_of(connection) is SQLITE:  # SQLAlchemy does not read the action of a key declared with its column
+    if database_of(connection) is SQLITE:  # SQLAlchemy misses the actions of keys declared in a column
         for _, parent, columns, *actions in connection.execute(_of_sqlite, {"table": table.name}):
             yield ForeignKey(table, tuple(columns.split(",")), (table.schema, parent), *map(_action, actions))
         return

@@ -233,7 +233,7 @@ def _primary_key(tracked: Tracked, state: Any) -> Sequence[Any]:
     values = state.dict
     try:
         return [values[name] for name in tracked.key_attributes]
-    except KeyError:  # expired
+    except KeyError:  # a value is expired
         key: Sequence[Any] = state.mapper.primary_key_from_instance(state.obj())
         return key
 

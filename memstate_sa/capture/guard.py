@@ -134,7 +134,7 @@ class Guard:
         tracked = self._logged(connection, table)
         if tracked is None:
             return
-        statement = getattr(statement, "_resolved", statement)  # the statement of a lambda_stmt()
+        statement = getattr(statement, "_resolved", statement)  # a lambda_stmt() has its statement there
         kind = statement.__visit_name__.upper()  # the statement's class may be an annotated copy
         message = f"{kind} on {table.name} would bypass the log of {tracked.model.__name__}. {way_out}"
         if tracked.on_untracked == "raise":

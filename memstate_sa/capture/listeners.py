@@ -131,7 +131,7 @@ class SessionCapture:
                 self._listen_to_model(tracked)
             for target in list(self._attached):
                 self._listen_to_sessions(target)
-            for engine in list(self._stopped):  # it may have a transaction from before `stop`
+            for engine in list(self._stopped):  # an engine may have a transaction from before `stop`
                 self.guard(engine)
             self._stopped.clear()
 
@@ -152,7 +152,7 @@ class SessionCapture:
 
     def attach(self, target: Any) -> None:
         """Listen to the Sessions of *target*. A second call changes nothing."""
-        factory = getattr(target, "session_factory", target)  # others of a scoped_session create a Session
+        factory = getattr(target, "session_factory", target)  # other attributes of a scoped_session create a Session
         bind = factory.kw.get("bind") if hasattr(factory, "kw") else getattr(factory, "bind", None)
         bind = getattr(bind, "sync_engine", bind)
         if isinstance(bind, Engine):
@@ -363,7 +363,7 @@ _remembering = threading.Lock()
 
 
 def _remember(capture: SessionCapture) -> None:
-    global _captures  # noqa: PLW0603  # replaced as a whole, because readers take no lock
+    global _captures  # noqa: PLW0603  # the tuple is replaced as a whole, because readers take no lock
     with _remembering:
         _captures = (*(reference for reference in _captures if reference() is not None), weakref.ref(capture))
 

@@ -69,7 +69,7 @@ class Recorder:
         columns = tracked.columns_for(connection.dialect)
         logs = self._logs.setdefault(connection.engine.pool, {})
         known = logs.get(tracked.entity)
-        if known is None or known[0] is not tracked or known[1] is not columns:  # another subclass was mapped
+        if known is None or known[0] is not tracked or known[1] is not columns:  # a subclass was mapped since
             known = logs[tracked.entity] = (tracked, columns, class_log(tracked, connection))
         return known[2]
 

@@ -63,7 +63,8 @@ def _interval(_: Any, value: str) -> str:
 _POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {
     sqltypes.Boolean: lambda _, value: f"{value}::text",
     sqltypes.Integer: lambda _, value: f"{value}::text",
-    sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),  # Numeric is its base class
+    # Float comes before Numeric, its base class in SQLAlchemy 2.0.
+    sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),
     sqltypes.Numeric: lambda _, value: _tagged("$decimal", f"{value}::text"),
     sqltypes.String: lambda _, value: f"to_json({value})::text",
     sqltypes.Uuid: _uuid,
@@ -251,7 +252,7 @@ class TableWriter:
             good = is_typed and kind.scale is not None and kind.scale <= 6
         elif isinstance(kind, sqltypes.Time):
             good = not kind.timezone
-        elif isinstance(kind, sqltypes.String):  # another collation may equate two keys on SQLite
+        elif isinstance(kind, sqltypes.String):  # on SQLite, other collations may equate keys
             good = is_typed or kind.collation in (None, "BINARY")
         if not good:
             raise MemstateError(

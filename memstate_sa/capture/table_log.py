@@ -138,7 +138,7 @@ class TableLog:
 _LACKS_OP = re.compile(r'memstate_log\.op|"op".*memstate_log')
 """The driver's message when a `Kind.remembered` statement finds no entry."""
 
-_KEY_CHARS = MAX_KEY_CHARS // 6  # JSON writes one character as six at most
+_KEY_CHARS = MAX_KEY_CHARS // 6  # JSON may write one character as six
 _CHARS = 64_000_000
 """The most characters of images in one parameter. PostgreSQL takes JSONB of up to 256 MB."""
 

@@ -62,13 +62,13 @@ class OpenTransaction:
     status: Status = Status.OPEN
     flush: Flush | None = None
     own_writes: int = 0  # the number of open `writing` blocks
-    seal: Callable[[OpenTransaction], None] | None = None  # set once its commit has begun
+    seal: Callable[[OpenTransaction], None] | None = None  # set when its commit has begun
     has_header: bool = False  # its labels are written, and survive until the whole transaction is rolled back
     has_intents: bool = False  # an index may hold uncommitted points
     txs: dict[str, None] = field(default_factory=dict)  # the `tx` values of its entries, undos included, in order
     seen: dict[KnownKey, str] = field(default_factory=dict)  # keys with entries, for `Recorder.remember`
     connections: WeakSet[Connection] = field(default_factory=WeakSet)
-    trigger_connections: WeakSet[Connection] = field(default_factory=WeakSet)  # to databases with our triggers
+    trigger_connections: WeakSet[Connection] = field(default_factory=WeakSet)  # those to databases with our triggers
     context_on: _WeakReference = _WeakReference()  # the Connection whose trigger context names it, or has named it
     written_on: _WeakReference = _WeakReference()  # the Connection where its entries are logged
     statement_on: _WeakReference = _WeakReference()  # the Connection of a running bulk statement whose rows are logged
@@ -121,8 +121,8 @@ class Flush:
     transaction: OpenTransaction
     # SQLAlchemy's UOWTransaction. A weak reference, because an error of another listener leaves this Flush behind.
     context: _WeakReference = _WeakReference()
-    inserted: list[Any] = field(default_factory=list)  # InstanceStates
-    updated: list[Any] = field(default_factory=list)  # InstanceStates; some may have needed no UPDATE
+    inserted: list[Any] = field(default_factory=list)  # the InstanceStates of new rows
+    updated: list[Any] = field(default_factory=list)  # the InstanceStates of rows that may have changed
     checked: bool = False
     within: int = 0  # the `own_writes` around it, because a listener may flush while our own statement runs
     unseen: dict[Tracked, list[Any]] = field(default_factory=dict)  # identities of rows that still need a look

@@ -71,7 +71,7 @@ def replace(connection: Connection, table: Table, expected: Sequence[Trigger]) -
 
 def run(connection: Connection, statements: Iterable[str]) -> None:
     for statement in statements:
-        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})  # it may contain a %
+        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})  # a statement may contain a %
 
 
 def installed(connection: Connection, table: Table) -> dict[str, str]:

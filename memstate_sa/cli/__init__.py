@@ -11,7 +11,7 @@ from memstate_sa.errors import MissingExtra
 
 try:
     from memstate_sa.cli.commands import application
-except ImportError as error:  # raised here, it would be a traceback of the console script
+except ImportError as error:  # raising it here would show a traceback
     if (error.name or "").startswith("memstate_sa"):
         raise
     _missing: str | None = str(MissingExtra(error.name or "typer", "cli"))

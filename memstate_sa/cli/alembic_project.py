@@ -40,7 +40,7 @@ class ChecklistItem(NamedTuple):
 class AlembicProject(NamedTuple):
     """The application's own Alembic project: its configuration file and its env.py.
 
-    ``options`` is the module whose call of Flask-Migrate names the plugins of autogenerate, if there is one.
+    ``options`` is the module that names the plugins of autogenerate for Flask-Migrate, if there is one.
     """
 
     config: Path

@@ -14,9 +14,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from memstate_sa.cli.display import Console, counted, progress_bar
+from memstate_sa.cli.display import Console, progress_bar
 from memstate_sa.cli.opening import load_models, open_memory
 from memstate_sa.cli.options import App, Url
+from memstate_sa.runtime.display import counted
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -72,7 +73,8 @@ def backfill(
                     while any(process.poll() is None for process in children):
                         sleep(0.3)
                         run(limit=0, restart=False, progress=update)
-                run(rate=rate, restart=False, progress=update)  # the rest, or the error, of a process that failed
+                # Read the rows that failed processes have left, or raise the error that ended them.
+                run(rate=rate, restart=False, progress=update)
                 added = _added(engine) - added_before
         console.print(f"{counted(added, 'row was', 'rows were')} new to the log. The relay delivers new rows.")
         if restarts is False and not added:

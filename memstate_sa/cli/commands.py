@@ -15,7 +15,7 @@ def application() -> typer.Typer:
         help="Facts in SQL, their history and their vectors, in one transaction.",
         no_args_is_help=True,
         add_completion=False,
-        pretty_exceptions_show_locals=False,  # they hold database URLs
+        pretty_exceptions_show_locals=False,  # local variables may hold database URLs
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memstate_sa.cli.display import Console, cell, counted, fact_name, print_json, written
+from memstate_sa.cli.display import Console, cell, fact_name, print_json
 from memstate_sa.cli.opening import index_names, open_memory
 from memstate_sa.cli.options import App, Indexes, JsonLines, Url
+from memstate_sa.runtime.display import counted, written
 
 if TYPE_CHECKING:
     from memstate_sa.relay import DeadLetter, Relay

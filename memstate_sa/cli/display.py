@@ -1,10 +1,10 @@
-"""The output of commands: progress, changes, and values as people write them."""
+"""The output of commands: progress, JSON and changes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,12 @@ from rich.markup import escape
 from rich.progress import Progress, ProgressColumn
 from rich.text import Text
 
+from memstate_sa.runtime.display import shown, to_json, written
 from memstate_sa.runtime.printable import printable
 
 if TYPE_CHECKING:
     from memstate_sa.log.changes import Change
 
-_LONGEST = 120  # characters of a value
 _COLOURS = {"insert": "green", "update": "yellow", "delete": "red"}
 
 
@@ -31,7 +31,7 @@ class Console(console.Console):
 
 
 def cell(value: str | None) -> str:
-    """*value*, which came from data, for one line: neither markup nor control characters act."""
+    """*value*, which came from data, for one line. Markup and control characters in it have no effect."""
     return escape(printable(value or ""))
 
 
@@ -39,7 +39,7 @@ def cell(value: str | None) -> str:
 def progress_bar(
     title: str, *columns: ProgressColumn, transient: bool = True
 ) -> Iterator[Callable[[int, int | None], None]]:
-    """A function that moves a progress bar on stderr. A *transient* one leaves no trace, and needs a terminal."""
+    """A function that moves a progress bar on stderr. A *transient* bar vanishes at the end, and needs a terminal."""
     stderr = Console(stderr=True)
     is_disabled = transient and not stderr.is_terminal
     with Progress(*columns, console=stderr, transient=transient, disable=is_disabled) as progress:
@@ -54,14 +54,6 @@ def progress_bar(
 # -- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def to_json(value: Any) -> str:
-    """*value* as JSON in one line: times in ISO 8601, bytes in hexadecimal."""
-    from pydantic_core import to_json
-
-    text = to_json(value, bytes_mode="hex", inf_nan_mode="strings", fallback=str)
-    return printable(text.decode())
-
-
 def print_json(value: Any) -> None:
     typer.echo(to_json(value))
 
@@ -72,21 +64,6 @@ def facts_json(facts: Iterable[tuple[str, object]]) -> list[dict[str, object]]:
 
 
 # -- for people ------------------------------------------------------------------------------------------------------
-
-
-def counted(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"
-
-
-def written(value: Any) -> str:
-    """*value* as people write it, and as the commands read it: text plain, the rest as JSON."""
-    plain = json.loads(to_json(value))
-    return plain if isinstance(plain, str) and plain else json.dumps(plain, ensure_ascii=False)
-
-
-def _shortened(value: Any) -> str:
-    text = written(value)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def fact_name(entity: str, key: object) -> str:
@@ -104,6 +81,8 @@ def print_changes(console: Console, changes: Iterable[Change], title: str = "") 
 
 
 def _paragraph(change: Change) -> Iterator[str]:
+    from memstate_sa.log.changes import value_texts
+
     at = change.at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     op = f"[{_COLOURS.get(change.op, 'default')}]{change.op}{' (undo)' if change.reverts else ''}[/]"
     yield f"{at}  {change.tx}  {op}  [bold]{cell(fact_name(change.entity, change.key))}[/]"
@@ -112,28 +91,18 @@ def _paragraph(change: Change) -> Iterator[str]:
     labels = (f"by {author}" if author else "", f"({change.reason})" if change.reason else "")
     if any(labels):
         yield cell(f"  {' '.join(filter(None, labels))}")
-    for name, value in _values(change):
-        yield cell(f"  {name}: {value}")
+    for name, text in value_texts(_readable(change), shown):
+        yield cell(f"  {name}: {text}")
 
 
-def _readable(entity: str, name: str, value: Any) -> Any:
-    """*value*, or the namespace that the column of a LangGraph item holds in hex."""
-    if entity == "memstate_item" and name == "scope":
-        from memstate_sa.integrations.langgraph.item_rows import namespace_of
+def _readable(change: Change) -> Change:
+    """*change*, with the namespace that the column of a LangGraph item holds in hex."""
+    if change.entity != "memstate_item":
+        return change
+    from memstate_sa.integrations.langgraph.item_rows import namespace_of
 
-        return namespace_of(value)
-    return value
-
-
-def _values(change: Change) -> Iterator[tuple[str, str]]:
-    """The values of the row. An update has only the columns that differ, before and after."""
-    before, after = change.before or {}, change.after or {}
-    if not (before and after):
-        for name, value in (after or before).items():
-            yield name, _shortened(_readable(change.entity, name, value))
-        return
-    for name, value in after.items():
-        if name not in before:
-            yield name, _shortened(value)
-        elif before[name] != value:
-            yield name, f"{_shortened(before[name])} → {_shortened(value)}"
+    before, after = (
+        image and {name: namespace_of(value) if name == "scope" else value for name, value in image.items()}
+        for image in (change.before, change.after)
+    )
+    return replace(change, before=before, after=after)

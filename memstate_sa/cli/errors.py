@@ -29,7 +29,8 @@ def exit_on_error() -> Iterator[None]:
     except MemstateError as error:
         fail(str(error))
     except OperationalError as error:
-        hint = "" if error.statement else "\nCheck --url, and that the database runs."  # it could not connect
+        is_connecting = not error.statement
+        hint = "\nCheck --url, and that the database runs." if is_connecting else ""
         fail(f"Cannot use the database: {_reason(error.orig)}{hint}")
     except DBAPIError as error:
         fail(f"The database reports an error: {_reason(error.orig)}")
@@ -57,7 +58,7 @@ def fail(message: str, conflicts: Sequence[Change] = ()) -> NoReturn:
 
 
 def unknown(kind: str, name: str, known: Iterable[str], hint: str) -> NoReturn:
-    """Refuse *name*, which is none of the *known* names. Name the close ones, or else all. Exit with code 2."""
+    """Refuse *name*, which is not among *known*. Show the names that are close, or else all names. Exit with code 2."""
     names = list(known)
     suggestion = did_you_mean(name, names) or f" There is: {', '.join(names) or 'none'}."
     raise typer.BadParameter(f"Unknown {kind} {name!r}.{suggestion}", param_hint=hint)

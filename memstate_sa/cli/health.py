@@ -9,14 +9,18 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from memstate_sa.cli.display import Console, cell, counted, fact_name, facts_json, print_json, progress_bar
+from memstate_sa.cli.display import Console, cell, fact_name, facts_json, print_json, progress_bar
+from memstate_sa.cli.errors import fail
 from memstate_sa.cli.opening import open_memory, tracked_classes
 from memstate_sa.cli.options import App, JsonDocument, Url
+from memstate_sa.runtime.display import counted
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from memstate_sa import Diagnosis, Memory
 
-_EXAMPLES = 20  # the most facts of each kind that are named
+_EXAMPLES = 20  # the most facts of each kind that are shown
 _DRIFT = ("missing", "ghost", "stale", "pending")
 
 
@@ -29,6 +33,7 @@ def verify(
     """Compare the content of every index with the database.
 
     The exit code is 1 if an index differs and was not repaired.
+    An index in memory can only be compared by the process that has it.
 
     memstate-sa verify
     memstate-sa verify --repair
@@ -46,6 +51,11 @@ def verify(
         table = Table("rows checked", *_DRIFT)
         table.add_row(str(report.checked), *(str(len(facts)) for facts in facts_by_kind.values()))
         console.print(table)
+        if report.missing and (unfilled := _unfilled(memory, engine)):
+            fail(
+                f"Index {unfilled!r} lives in one process, and is not filled in this one. Call "
+                "memory.verify(engine) in your application instead."
+            )
         _print_facts(console, facts_by_kind)
         if report.clean:
             console.print("[green]Nothing has drifted.[/]")
@@ -56,6 +66,13 @@ def verify(
         else:
             console.print("[red]The index has drifted.[/] --repair delivers these facts again.")
             raise typer.Exit(1)
+
+
+def _unfilled(memory: Memory, engine: Engine) -> str | None:
+    """An index that lives in one process, and that no relay has filled in this one."""
+    backlogs = memory.status(engine)
+    local = (name for name, index in memory.indexes.items() if getattr(index, "in_process", False))
+    return next((name for name in local if name in backlogs and backlogs[name].refilling), None)
 
 
 def doctor(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
+from rich.markup import escape
 
-from memstate_sa.cli.display import Console, counted, print_changes, print_json
+from memstate_sa.cli.display import Console, print_changes, print_json
 from memstate_sa.cli.errors import fail
 from memstate_sa.cli.opening import load_model, open_memory
 from memstate_sa.cli.options import App, DryRun, JsonLines, OfActor, OfModel, OfSession, Url, Yes
+from memstate_sa.runtime.display import counted
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -126,7 +128,9 @@ def rollback(
         )
         return Revocation(changes)
 
-    _undo(app, url, undo, dry_run=dry_run, yes=yes)
+    is_of_steps = to is None and tx is None and on_conflict != "skip"  # a skipped step has no changes
+    labels = {"actor": actor, "session id": session_id, "class": model}
+    _undo(app, url, _Request(undo, labels, steps if is_of_steps else None), dry_run=dry_run, yes=yes)
 
 
 def revoke(
@@ -149,7 +153,9 @@ def revoke(
     memstate-sa revoke --actor importer --on-conflict force --yes
     """
     if session_id is None and actor is None and not tx:
-        raise typer.BadParameter("Give one of them, to say whose changes.", param_hint="--actor, --session-id or --tx")
+        raise typer.BadParameter(
+            "Give one of these options. It says whose changes to undo.", param_hint="--actor, --session-id or --tx"
+        )
 
     def undo(memory: Memory, session: Session, *, dry_run: bool) -> Revocation:
         return memory.revoke(
@@ -162,27 +168,45 @@ def revoke(
             dry_run=dry_run,
         )
 
-    _undo(app, url, undo, dry_run=dry_run, yes=yes)
+    labels = {"actor": actor, "session id": session_id, "class": model}
+    _undo(app, url, _Request(undo, labels), dry_run=dry_run, yes=yes)
 
 
-def _undo(app: str, url: str | None, undo: Callable[..., Revocation], *, dry_run: bool, yes: bool) -> None:
-    """Plan, ask, undo. No row is locked while the command waits for an answer."""
+class _Request(NamedTuple):
+    """A rollback or a revocation, as the command asks for it."""
+
+    undo: Callable[..., Revocation]
+    labels: Mapping[str, str | None]
+    steps: int | None = None
+
+    def note(self, result: Revocation) -> str:
+        """A sentence for a result with fewer changes than expected. It may be empty."""
+        if not result.reverted:
+            labels = " and ".join(f"{name} {value!r}" for name, value in self.labels.items() if value is not None)
+            return f"There is nothing to undo{f' for {labels}' if labels else ''}."
+        count = len({change.reverts for change in result.reverted})
+        return "" if self.steps is None or count >= self.steps else f"{count} of {self.steps} steps: there are no more."
+
+
+def _undo(app: str, url: str | None, request: _Request, *, dry_run: bool, yes: bool) -> None:
+    """Plan the undo, ask for confirmation, then undo. No row is locked while the command waits for the answer."""
     with open_memory(app, url) as (memory, engine), _session(memory, engine) as session:
-        plan = None if yes and not dry_run else undo(memory, session, dry_run=True)
+        plan = None if yes and not dry_run else request.undo(memory, session, dry_run=True)
         session.rollback()
         if plan is not None:
-            _print_revocation(plan)
+            _print_revocation(plan, request.note(plan))
+            if dry_run:
+                Console().print("Nothing was changed (--dry-run).")
             if dry_run or not plan.reverted:
-                Console().print("Nothing was changed (--dry-run)." if dry_run else "There is nothing to undo.")
                 return
             typer.confirm(f"Undo {counted(len(plan.reverted), 'change', 'changes')}?", abort=True)
-        result = undo(memory, session, dry_run=False)
+        result = request.undo(memory, session, dry_run=False)
         if plan is not None and _facts(plan.reverted) != _facts(result.reverted):
             session.rollback()
             fail("Nothing was undone: another transaction has just changed these facts. Run the command again.")
         session.commit()
         if plan is None:
-            _print_revocation(result)
+            _print_revocation(result, request.note(result))
         Console().print(f"{counted(len(result.reverted), 'change', 'changes')} undone.")
 
 
@@ -210,7 +234,7 @@ def _moment(text: str) -> datetime | str:
 
 
 def _key(model: Any, text: str) -> Any:
-    """The primary key that *text* writes as `log` shows it. A composite key is a JSON array."""
+    """The primary key in *text*, which has the form that `log` shows. A composite key is a JSON array."""
     from pydantic import ConfigDict, TypeAdapter
     from sqlalchemy import inspect
 
@@ -223,7 +247,7 @@ def _key(model: Any, text: str) -> Any:
     except ValueError as error:
         names = ", ".join(f"{column.name} ({_python_type(column).__name__})" for column in columns)
         form = "a JSON array of " if len(columns) > 1 else ""
-        message = f"{text!r} is not a key of {model.__name__}, which is {form}{names}."
+        message = f"Invalid key {text!r}. A key of {model.__name__} is {form}{names}."
         raise typer.BadParameter(message, param_hint="KEY") from error
     return key if len(columns) > 1 else key[0]
 
@@ -246,8 +270,10 @@ def _show_changes(changes: Sequence[Change], *, as_json: bool) -> None:
         Console(stderr=True).print("There are no such changes.")
 
 
-def _print_revocation(revocation: Revocation) -> None:
+def _print_revocation(revocation: Revocation, note: str) -> None:
     console = Console()
     for title, changes in (("", revocation.reverted), ("kept", revocation.kept), ("in the way", revocation.conflicts)):
         if changes:
             print_changes(console, changes, title)
+    if note:
+        console.print(escape(note), highlight=False, soft_wrap=True)

@@ -56,7 +56,7 @@ def init(
     app = app or _only_memory()
     changes_no_table = dry_run or (project is not None and not create)
     if changes_no_table and url is not None and missing_file(url):
-        url = _EMPTY  # to look at the named file would create it
+        url = _EMPTY  # opening the missing file would create it
     default_url = _EMPTY if changes_no_table else None
     with open_memory(app, url, must_exist=False, must_have_tables=False, default_url=default_url) as (memory, engine):
         if project is not None and apply:

@@ -73,7 +73,7 @@ class _QuietHandler(WSGIRequestHandler):
 def metrics_server(
     relay: Relay, engine: Engine, status: Callable[[], Mapping[str, Backlog]], host: str, port: int
 ) -> Iterator[int]:
-    """Serve ``/metrics`` (Prometheus) and ``/readyz`` (200, or 503 with the problems). Yields the port."""
+    """Serve ``/metrics`` for Prometheus, and ``/readyz``: status 200, or 503 with the problems. Yield the port."""
     registry = CollectorRegistry()
     registry.register(_Collector(relay, status))
     metrics = make_wsgi_app(registry)

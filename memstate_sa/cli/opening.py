@@ -84,7 +84,7 @@ def load(path: str, option: str) -> Any:
 
 
 def module_roots(folder: Path) -> list[Path]:
-    """The folders of the application's modules. Adds them to ``sys.path``."""
+    """Add the folders of the application's modules to ``sys.path``, and return them."""
     roots = [root for root in (folder, folder / "src") if root.is_dir()]
     for root in roots:
         if str(root) not in sys.path:
@@ -97,7 +97,7 @@ def _import(name: str, option: str) -> Any:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            fail(import_failure(name, error))  # a module that the application needs
+            fail(import_failure(name, error))  # the application imports a module that is missing
         raise typer.BadParameter(
             f"Cannot find the module {error.name!r} in {Path.cwd()} or among the installed packages. "
             "Run the command in the folder of your project.",
@@ -124,7 +124,7 @@ def _is_application_file(name: str) -> bool:
 
 
 def _memory_of(path: str, target: Any) -> Memory:
-    """The Memory that *target* is, or that it has as a MemoryStore does."""
+    """*target* itself if it is a Memory, or the Memory of *target* if it is a MemoryStore."""
     from memstate_sa import Memory
 
     memory = target if isinstance(target, Memory) else getattr(target, "memory", None)
@@ -173,7 +173,7 @@ def load_models(names: Iterable[str] | None, memory: Memory, app: str) -> list[A
 
 
 def index_names(names: list[str] | None, memory: Memory) -> list[str]:
-    """*names*, which the Memory has to have."""
+    """*names*. The command fails if the Memory has no index of such a name."""
     for name in names or ():
         if name not in memory.indexes:
             unknown("index", name, memory.indexes, "--index")
@@ -184,9 +184,9 @@ def index_names(names: list[str] | None, memory: Memory) -> list[str]:
 
 
 def require_database(url: str) -> None:
-    """Fail where *url* names a SQLite file that is not there. To connect would create it."""
+    """Fail if *url* names a SQLite file that does not exist. Connecting would create it."""
     if file := missing_file(url):
-        fail(f"There is no such database: {file.absolute()} does not exist.")
+        fail(f"There is no such database: {file.absolute()} does not exist. Check --url.")
 
 
 def missing_file(url: str) -> Path | None:

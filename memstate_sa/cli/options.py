@@ -21,7 +21,7 @@ Url = Annotated[
         "--url",
         envvar="MEMSTATE_URL",
         metavar="URL",
-        help="Your database: sqlite:///shop.db or postgresql+psycopg://… A MemoryStore has its own.",
+        help="Your database: sqlite:///shop.db or postgresql+psycopg://… A MemoryStore does not need it.",
     ),
 ]
 Indexes = Annotated[

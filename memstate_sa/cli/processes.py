@@ -46,7 +46,7 @@ def configure_logging(*, level: str, as_json: bool, worker: int) -> None:
 
 
 class _LineFormatter(logging.Formatter):
-    """A record in one line, its traceback too. A log system takes each line for a record."""
+    """Formats a record and its traceback in one line, because log systems take each line for a record."""
 
     def __init__(self, worker: int) -> None:
         fields = f"%(asctime)s %(levelname)s worker={worker} pid=%(process)d %(name)s: %(message)s"
@@ -97,7 +97,8 @@ def child_processes(environment: Mapping[str, str], *, stdout: int | None = None
     running: list[Process] = []
 
     def start(*arguments: str) -> Process:
-        running[:] = [process for process in running if process.poll() is None]  # a supervisor runs for months
+        # A supervisor runs for months, so drop the processes that have ended.
+        running[:] = [process for process in running if process.poll() is None]
         command = [sys.executable, "-m", "memstate_sa", *arguments]
         running.append(subprocess.Popen(command, env={**os.environ, **environment}, stdout=stdout))  # noqa: S603
         return running[-1]

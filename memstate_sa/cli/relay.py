@@ -15,10 +15,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Column, Table
 
-from memstate_sa.cli.display import Console, counted, print_json, progress_bar
+from memstate_sa.cli.display import Console, print_json, progress_bar
 from memstate_sa.cli.opening import index_names, open_memory
 from memstate_sa.cli.options import App, Indexes, JsonDocument, Timeout, Url
 from memstate_sa.errors import MemstateError, MissingExtra
+from memstate_sa.runtime.display import counted
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -175,7 +176,7 @@ def drain(
             began = monotonic()
             if began >= show_at:
                 update(max(0, pending_before - _pending(memory, engine)), pending_before)
-                show_at = monotonic() + max(0.5, 10 * (monotonic() - began))  # to count a long backlog is slow
+                show_at = monotonic() + max(0.5, 10 * (monotonic() - began))  # counting a long backlog is slow
 
         memory.relay(engine).drain(timeout, progress=show)
         console = Console()
@@ -202,7 +203,7 @@ def status(
     memstate-sa status --json
     """
     if watch and as_json:
-        raise typer.BadParameter("--watch is for people. Leave it out.", param_hint="--json")
+        raise typer.BadParameter("Cannot use --json with --watch. Leave one of them out.", param_hint="--json")
     with open_memory(app, url) as (memory, engine):
         if as_json:
             print_json(memory.status(engine))

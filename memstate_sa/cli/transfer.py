@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from memstate_sa.cli.display import Console, counted, progress_bar
+from memstate_sa.cli.display import Console, progress_bar
 from memstate_sa.cli.opening import load_models, open_memory, require_database
 from memstate_sa.cli.options import App, Url
+from memstate_sa.runtime.display import counted
 
 
 def export_facts(
@@ -65,7 +66,7 @@ def import_langgraph(
     """Copy the checkpoints of LangGraph's PostgresSaver or SqliteSaver. Existing checkpoints stay as they are.
 
     Run it again to copy newer checkpoints. It unpickles nothing.
-    Are checkpoints pickled or encrypted? Call import_checkpoints with your
+    If checkpoints are pickled or encrypted, call import_checkpoints with your
     serializer, from memstate_sa.integrations.langgraph.import_checkpoints.
 
     memstate-sa import-checkpoints postgresql://app@db/shop

@@ -161,7 +161,7 @@ def same(one: Any, other: Any) -> bool:
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_equal, one, other))
-    return bool(one == other) or repr(one) == repr(other)  # NaN
+    return bool(one == other) or repr(one) == repr(other)  # NaN differs from itself, but has one repr
 
 
 def differ(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:

@@ -74,7 +74,7 @@ class Database(Protocol):
         """Make the server end this transaction when its process stops, and limit its waits for locks."""
 
     def cluster(self, connection: Connection) -> str | None:
-        """The cluster and timeline to which transaction ids belong. None when the role may not ask for them."""
+        """The cluster and timeline to which transaction ids belong. None on SQLite, or without the right to ask."""
 
     # -- tables --------------------------------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ def blocking_engine(url: URL, **options: Any) -> Engine:
     if url.drivername == "postgresql+asyncpg":
         if "ssl" in query:
             query["sslmode"] = query.pop("ssl")
-        if query.get("prepared_statement_cache_size") == "0":  # a setting for PgBouncer
+        if query.get("prepared_statement_cache_size") == "0":  # applications set this for PgBouncer
             arguments["prepare_threshold"] = None
         query = {name: value for name, value in query.items() if name not in _OF_ASYNCPG}
     driver = url.get_backend_name() if database is None else database.blocking_driver
@@ -114,7 +114,7 @@ def engine_of(url: str | URL) -> Engine:
     """
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # its text may quote a part of the password
+    except (ArgumentError, ValueError):  # no chain: the error may quote a part of the password
         raise MemstateError(f"This is not a database URL. {URL_EXAMPLES}") from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")

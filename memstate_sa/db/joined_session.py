@@ -23,7 +23,7 @@ class _SessionBlock:
     engine: Engine
     session: Session
     refusal: str | None
-    """The error for calls with another Memory. None: they do not join, and work as without this block."""
+    """The error for calls with another Memory. If it is None, such calls work as without this block."""
     task: object
     """The asyncio.Task that began it. None: the thread began it outside of any task."""
 

@@ -27,7 +27,7 @@ _READ_BY_PSYCOPG: Mapping[type[TypeEngine[Any]], frozenset[type]] = {
     Integer: frozenset({int}),
     String: frozenset({str}),
     Numeric: _NUMBERS,
-    Float: _NUMBERS,  # no subclass of Numeric in SQLAlchemy 2.1
+    Float: _NUMBERS,  # SQLAlchemy 2.1: Float is no Numeric
     DateTime: _DAYS,
     Date: _DAYS,
     Time: frozenset({time}),

@@ -65,7 +65,7 @@ def is_gone(owner: str) -> bool:
     except ProcessLookupError:
         return True
     except OSError:
-        pass  # the process runs, under another user
+        pass  # the process runs under another user
     return _started(int(pid)) not in (_UNKNOWN, details[0])
 
 

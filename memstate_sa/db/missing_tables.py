@@ -23,7 +23,7 @@ class TablesMissing(MemstateError, SQLAlchemyError):
 
 def explain(engine: Engine) -> None:
     """Make statements on *engine* raise TablesMissing when they miss one of our tables. Idempotent."""
-    dialect = engine.dialect  # the engines of execution_options() share it
+    dialect = engine.dialect  # engines made by execution_options() share the dialect
     if not event.contains(dialect, "handle_error", _explained):
         event.listen(dialect, "handle_error", _explained)
 

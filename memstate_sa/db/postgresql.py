@@ -129,7 +129,7 @@ class Postgresql:
         name = prepare.format_table(table).replace("%%", "%")
         [column] = table.primary_key.columns
         sequences = [func.pg_get_serial_sequence(name, column.name)]
-        if isinstance(column.default, schema.Sequence):  # the table may not own it
+        if isinstance(column.default, schema.Sequence):  # the table may not own its sequence
             sequences.append(func.to_regclass(prepare.format_sequence(column.default).replace("%%", "%")))
         for sequence in sequences:
             if connection.scalar(select(sequence)) is not None:

@@ -66,7 +66,7 @@ MAX_KEY_CHARS = 2000
 _PLAIN = (
     sqltypes.Integer,
     Numeric,
-    Float,  # no subclass of Numeric in SQLAlchemy 2.1
+    Float,  # SQLAlchemy 2.1: Float is no Numeric
     String,
     sqltypes.Date,
     sqltypes.DateTime,
@@ -96,7 +96,7 @@ def columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column
 
 
 def values_of(image: Mapping[str, Any] | None, columns: Iterable[Column[Any]]) -> tuple[Any, ...] | None:
-    """The values of *image* in *columns*. None if one is NULL, because NULL refers to no row."""
+    """The values of *image* in *columns*. None if one is NULL, because NULL equals nothing."""
     values = (None,) if image is None else tuple(hashable(decode(image.get(column.name))) for column in columns)
     return None if None in values else values
 
@@ -126,7 +126,7 @@ class TableColumns:
         self.table = table
         self.dialect = dialect
         self.database = database_of(dialect)
-        self.by_name = {column.name: column for column in logged_columns(table, excluded)}  # table.c has the keys
+        self.by_name = {column.name: column for column in logged_columns(table, excluded)}  # table.c is by column.key
         self.names = tuple(self.by_name)
         self.key_names = tuple(column.name for column in table.primary_key.columns)
         self._key_positions = [self.names.index(name) for name in self.key_names]
@@ -181,7 +181,7 @@ class TableColumns:
             return type_coerce(text, intervals.RawInterval()).label(column.name)
         if self.travels_as_text(column):
             return type_coerce(cast(column, Text), RAW).label(column.name)
-        return type_coerce(column, RAW).label(column.name)  # without the type's own column_expression
+        return type_coerce(column, RAW).label(column.name)  # RAW has no column_expression
 
     def raw_bind(self, column: Column[Any], value: Any) -> ColumnElement[Any]:
         """A driver-level *value* for an INSERT or UPDATE of *column*."""
@@ -494,5 +494,5 @@ class TableColumns:
             return parse
         if self._is_interval(column):
             return intervals.as_timedelta if process is None else lambda value: process(intervals.as_timedelta(value))
-        is_enum_array = isinstance(impl, sqltypes.ARRAY) and isinstance(impl.item_type, Enum)  # it parses texts
+        is_enum_array = isinstance(impl, sqltypes.ARRAY) and isinstance(impl.item_type, Enum)  # the type parses texts
         return process if is_enum_array or not self.travels_as_text(column) else None

@@ -35,7 +35,7 @@ def _rows_in_any(element: Any, compiler: Any, **kw: Any) -> str:
 def _rows_in_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     """Select from the VALUES, because SQLite scans the table for a bare list of VALUES."""
     row, keys = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{row} IN (SELECT * FROM {keys})"  # noqa: S608  # keys are parameters
+    return f"{row} IN (SELECT * FROM {keys})"  # noqa: S608  # the keys are parameters
 
 
 @compiles(rows_are, "sqlite")

@@ -50,7 +50,7 @@ def watch(watcher: Watcher) -> None:
 
     *watcher* is called for every configured engine, because several engines may use the same file.
     """
-    global _watchers  # noqa: PLW0603  # replaced as a whole, because readers take no lock
+    global _watchers  # noqa: PLW0603  # the tuple is replaced as a whole, because readers take no lock
     with _watching:
         _watchers = (*(reference for reference in _watchers if reference() is not None), weakref.ref(watcher))
 
@@ -211,7 +211,7 @@ def is_busy(error: DBAPIError) -> bool:
 
 
 def may_write(connection: Connection) -> bool:
-    """Whether the transaction certainly has the write lock. On an engine without `configure`, we cannot know."""
+    """Whether the transaction certainly has the write lock. Without `configure`, it may have only read."""
     return bool(getattr(connection.engine, _CONFIGURED, False)) and in_transaction(connection)
 
 

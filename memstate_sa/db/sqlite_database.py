@@ -68,7 +68,7 @@ class Sqlite:
         return None
 
     def lock_creation(self, connection: Connection) -> None:
-        if not in_transaction(connection):  # a listener of the application may have begun one
+        if not in_transaction(connection):  # an application's listener may have begun a transaction
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     def create_tables(self, connection: Connection, metadata: MetaData, tables: list[Table]) -> None:
@@ -90,7 +90,7 @@ class Sqlite:
         """Do nothing: SQLite does this itself."""
 
     def vacuum(self, engine: Engine, tables: list[Table], deadline: float) -> None:
-        pooled = engine.raw_connection()  # our listeners would begin a transaction
+        pooled = engine.raw_connection()  # on a Connection, our listeners would begin a transaction
         try:
             connection: Any = pooled.driver_connection
             [patience_ms] = connection.execute("PRAGMA busy_timeout").fetchone()

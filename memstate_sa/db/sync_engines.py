@@ -40,7 +40,7 @@ class SyncEngines:
             own = blocking_engine(url)
             sync = self.by_url.setdefault(url, own)
             if sync is own:
-                self._own.append(own)  # otherwise another thread was first, and this engine is not used
+                self._own.append(own)  # otherwise another thread was faster, and its engine is used
         missing_tables.explain(sync)
         return sync
 

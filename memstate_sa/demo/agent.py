@@ -30,7 +30,8 @@ from memstate_sa.testing import FlakyIndex
 logger = logging.getLogger("app")
 
 FAILURE_RATE = 0.1
-THINKING_S = 3.0  # in the whole conversation; without pauses, a few calls of the relay would deliver all of it
+THINKING_S = 3.0
+"""The sum of all pauses. Without pauses, a few calls of the relay would deliver the whole conversation."""
 
 
 # -- the application before it used memstate_sa ----------------------------------------------------------------------
@@ -52,7 +53,7 @@ class Note(Base):
 
 
 class Played(Base):
-    """A committed turn. After a crash, the agent continues behind the last one."""
+    """A committed turn. After a crash, the agent continues after the last one."""
 
     __tablename__ = "played"
 
@@ -134,7 +135,7 @@ class Network:
 
 
 def adopt(engine: Engine, index: VectorIndex, sessions: sessionmaker[Session]) -> Memory:
-    """Add memstate_sa to the application. Besides, `Memory.relay` must run somewhere."""
+    """Add memstate_sa to the application. `Memory.relay` must also run somewhere."""
     memory = Memory(index, embedder=WordLlamaEmbedder())
     memory.track(Note, text="text", metadata=("user_id", "role"))
     memory.create_tables(engine)

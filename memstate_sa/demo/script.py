@@ -44,7 +44,7 @@ def run(input_path: Path | None, *, directory: Path | None = None, console: Cons
     """
     text = read(input_path)
     turns = parse(text)
-    WordLlamaEmbedder()  # raises at the start if it is not installed
+    WordLlamaEmbedder()  # this raises an error now if wordllama is not installed
     with ExitStack() as stack:
         home = directory or Path(stack.enter_context(TemporaryDirectory(prefix="memstate-sa-demo-")))
         home.mkdir(parents=True, exist_ok=True)

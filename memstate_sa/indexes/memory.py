@@ -16,6 +16,7 @@ from memstate_sa.indexes._adapter import Adapter, OpenState
 from memstate_sa.indexes._filters import canonical, matches, storable
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Scalar, Stored, Vector, matrix
 from memstate_sa.runtime import forks
+from memstate_sa.runtime.display import counted
 
 
 class _StoredPoint(NamedTuple):
@@ -66,7 +67,7 @@ class InMemoryIndex(Adapter):
 
     @property
     def _place(self) -> str:
-        return f"{len(self._points)} points"
+        return counted(len(self._points), "point", "points")
 
     @property
     def incarnation(self) -> str:

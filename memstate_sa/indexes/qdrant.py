@@ -96,7 +96,7 @@ class QdrantIndex(Adapter):
 
     @property
     def incarnation(self) -> str:
-        with self._using("look at"):
+        with self._using("identify"):
             opened = self._resolve(self._open_state.embedder, self._open_state.dimension)
             return opened.incarnation
 

@@ -271,7 +271,7 @@ class RedisIndex(Adapter):
         return f"{incarnation}:{run}"
 
     def _require_vector_sets(self) -> None:
-        with self._translated("look at", sends_facts=False):
+        with self._translated("identify", sends_facts=False):
             version = str(self._client.info("server")["redis_version"])
         if int(version.partition(".")[0]) < 8:
             raise MemstateError(f"Redis {version} is too old. RedisIndex needs vector sets. Use Redis 8 or later.")

@@ -183,7 +183,7 @@ def _connection_to_committed(connection: Connection) -> Iterator[Connection]:
         yield connection
         return
     with with_separate_pool(connection.engine).connect().execution_options(isolation_level="READ COMMITTED") as present:
-        present.detach()  # this closes it afterwards, because it is rarely needed again
+        present.detach()  # afterwards it is closed: it is rarely needed again
         yield present
 
 

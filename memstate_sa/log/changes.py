@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias, overload
 
 from memstate_sa.db.codec import FactKey, Image
-from memstate_sa.runtime.display import html_table, shortened, summary
+from memstate_sa.runtime.display import counted, html_table, shortened, shown, summary
 
 Op: TypeAlias = Literal["baseline", "insert", "update", "delete"]
 
@@ -57,30 +57,77 @@ class Change:
     def __repr__(self) -> str:
         by = f"by {self.actor}" if self.actor is not None else ""
         undo = f"undoes {self.reverts}" if self.reverts is not None else ""
-        return summary(self, f"{self.op} {self.entity} {self.key!r}", _changed_text(self), by, undo)
+        values = ", ".join(f"{name}={text}" for name, text in value_texts(self, lambda value: shortened(value, 60)))
+        return summary(self, f"{self.op} {self.entity} {self.key!r}", values, by, undo)
+
+
+COLUMNS = ("at", "transaction", "fact", "op", "changed", "actor", "session", "reason")
+"""The columns of a table of changes: see `table_row`."""
 
 
 class Changes(list[Change]):
-    """A list of changes, which a notebook shows as a table."""
+    """A list of changes, which a notebook shows as a table. A slice of it is one, too."""
+
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Change: ...
+
+    @overload
+    def __getitem__(self, index: slice, /) -> Changes: ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        chosen = super().__getitem__(index)
+        return Changes(chosen) if isinstance(index, slice) else chosen
 
     def _repr_html_(self) -> str:
-        columns = ("at", "transaction", "fact", "op", "changed", "actor", "session", "reason")
-        rows = (
-            (
-                *(f"{one.at:%Y-%m-%d %H:%M:%S}", one.tx, f"{one.entity} {one.key!r}", one.op),
-                *(_changed_text(one), one.actor, one.session_id, one.reason),
-            )
-            for one in self
-        )
-        return html_table(f"{len(self)} changes", columns, rows)
+        return html_table(counted(len(self), "change", "changes"), COLUMNS, map(table_row, self))
 
 
-def _changed_text(change: Change) -> str:
+def table_row(change: Change) -> tuple[object, ...]:
+    """*change* in the columns `COLUMNS`."""
+    values = ", ".join(f"{name}: {text}" for name, text in value_texts(change, shown))
+    labels = (change.actor, change.session_id, change.reason)
+    return (
+        f"{change.at:%Y-%m-%d %H:%M:%S}",
+        change.tx,
+        f"{change.entity} {shown(change.key)}",
+        change.op,
+        values,
+        *labels,
+    )
+
+
+def value_texts(change: Change, show: Callable[[Any], str]) -> Iterator[tuple[str, str]]:
+    """The name and the text of each value. An update has only the values that differ, before and after.
+
+    A JSON object has only the members that differ, each with its path: ``payload.city``.
+    """
+    hidden = _HIDDEN.get(change.entity, ())
     if change.before is None or change.after is None:
-        values = change.after or change.before or {}
-        return ", ".join(f"{name}={shortened(value, 40)}" for name, value in values.items())
-    pairs = change.changed.items()
-    return ", ".join(f"{name}={shortened(was, 40)} → {shortened(now, 40)}" for name, (was, now) in pairs)
+        texts = ((name, show(value)) for name, value in (change.after or change.before or {}).items())
+    else:
+        differences = _differences(change.before, change.after, _DEEPEST_PATH)
+        texts = ((name, f"{show(was)} → {show(now)}") for name, was, now in differences)
+    return ((name, text) for name, text in texts if name not in hidden)
+
+
+def _differences(before: Image, after: Image, depth: int) -> Iterator[tuple[str, Any, Any]]:
+    for name in {**before, **after}:
+        was, now = before.get(name, _ABSENT), after.get(name, _ABSENT)
+        if isinstance(was, dict) and isinstance(now, dict) and depth:
+            yield from ((f"{name}.{path}", *pair) for path, *pair in _differences(was, now, depth - 1))
+        elif was is _ABSENT or now is _ABSENT or was != now:
+            yield name, was, now
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+_ABSENT = _Absent()
+_DEEPEST_PATH = 5
+_HIDDEN = {"memstate_fact": ("updated_at",)}
+"""Columns that say nothing more than the time of the change, by entity."""
 
 
 class LogEntry(NamedTuple):

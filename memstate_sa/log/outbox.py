@@ -182,7 +182,7 @@ def present_column(database: Database) -> ColumnElement[Any]:
 
 def to_position(value: Any) -> Position:
     """The position of an index that is fully caught up, from the value of `present_column`."""
-    if isinstance(value, int):  # SQLite: the newest id so far
+    if isinstance(value, int):  # SQLite gives the newest id so far
         return Position(Snapshot(0), 0, value)
     return Position(Snapshot.parse(value))
 
@@ -205,8 +205,8 @@ def undelivered(
     """Up to ``limit`` rows of the outbox after a position, oldest or newest first: see `position_parameters`.
 
     A late transaction was running when the position was taken. PostgreSQL reads the index on (xid, id) twice: once for
-    late transactions, and once for newer ones. With one condition for both, it would read all newer than the oldest
-    late transaction.
+    late transactions, and once for newer ones. With one condition for both, it would read all rows that
+    are newer than the oldest late transaction.
     """
     if database.has_one_writer:
         order_by = outbox.c.id.desc() if newest_first else outbox.c.id.asc()

@@ -463,7 +463,7 @@ class _EntryTranslation:
 
     def __init__(self, tracked: Tracked, source: Database, target: Dialect) -> None:
         self._tracked = tracked
-        # Use a copy with empty caches: their keys are names of dialects, and the dialect below has no driver.
+        # Use a copy with its own caches. They are kept by dialect name, and the dialect below is another one.
         self._source = replace(tracked, hydrations={}, _columns={})
         self._dialect = make_url(f"{source.blocking_driver}://").get_dialect()()
         self._target = tracked.columns_for(target)

@@ -105,7 +105,7 @@ class MaintenanceMethods(MemoryParts):
         """Compare every index with the tables, by content, and return the differences.
 
         *repair*: deliver the differing facts again, and wait until that is done. The report lists the differences from
-        before. An index with damaged files is emptied and filled. Without *repair* it raises IndexBroken.
+        before. An index with damaged files is emptied and filled. Without *repair*, such an index raises IndexBroken.
         *progress*: a function of the number of compared rows. True shows a progress bar.
         """
         sync, report = self._idle_engine(engine), DriftReport()

@@ -74,7 +74,7 @@ def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
     if unfilled:
         raise DeliveryError(
             f"Cannot switch searches to index {new.name!r}: it is not filled with {', '.join(unfilled)}, which index "
-            f"{old.name!r} has. Let a Memory that tracks it deliver to {new.name!r} too."
+            f"{old.name!r} has. Let a Memory that tracks them deliver to {new.name!r} too."
         )
     values = {"successor": new.name, "incarnation": new.incarnation, "switched_at": utcnow()}
     statement = database_of(connection).upsert(successor).values(index=old.name, **values)

@@ -104,8 +104,8 @@ class Verify:
             at = self._position() if facts else None
             pending = self._pending(facts, at)
             drifted = self._confirmed([fact for fact in facts if fact not in pending])
-            # Facts that changed between the two reads may be delivered by now: they do not count as drift. Read the
-            # intents first: when an intent is gone, its fact is in the outbox already.
+            # Facts that changed between the two reads may be delivered by now, so they do not count as drift. Read the
+            # intents before the outbox: when an intent is gone, its fact is in the outbox already.
             changed = set(self._intended()).intersection(drifted) if drifted else set()
             changed |= self._pending(drifted, at)
             pending |= changed

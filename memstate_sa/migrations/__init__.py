@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from memstate_sa import metadata  # with all tables, whoever imports this module
+from memstate_sa import metadata  # importing it from here makes sure that it has all tables
 from memstate_sa.db.amendments import RENAMED
 from memstate_sa.errors import MemstateError
 from memstate_sa.runtime.printable import printable_logger

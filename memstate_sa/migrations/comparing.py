@@ -1,7 +1,7 @@
 """Our part of autogenerate: find the triggers that a revision must change, and keep our tables out of it.
 
 It compares the database with the application's models. `Memory.track` describes them in the ``info`` of the MetaData,
-and each trigger in the database has a header that describes it.
+and each trigger in the database begins with a description.
 
 If a captured table changes, the revision drops its triggers first and creates them again afterwards. There are three
 reasons:
@@ -40,7 +40,7 @@ from memstate_sa.migrations.operations import (
 )
 from memstate_sa.migrations.rendering import frozen
 
-if TYPE_CHECKING:  # not at run time: Alembic loads its plugins while it imports this module
+if TYPE_CHECKING:  # Alembic loads its plugins while it imports this module, so only types import it
     from alembic.autogenerate.api import AutogenContext
 
 Name = tuple[str | None, str]
@@ -77,7 +77,7 @@ class _Changes(NamedTuple):
 
 
 def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[str | None]) -> None:
-    """Correct *upgrade_ops*, and add our operations. A comparator that runs after Alembic's own."""
+    """Correct *upgrade_ops*, and add our operations. Alembic runs this comparator after its own."""
     operations = upgrade_ops.ops
     connection = context.connection
     assert connection is not None
@@ -156,7 +156,7 @@ class _Comparison:
             yield from self._table(name, installed.get(name, {}), captured.get(name, {}), changes)
         is_sqlite = database_of(self._connection) is SQLITE
         if changes.rename(*_NAMED) or (is_sqlite and changes.are_of(*_NAMED)):
-            for name in sorted(everywhere.keys() - installed.keys() - captured.keys()):  # excluded by env.py
+            for name in sorted(everywhere.keys() - installed.keys() - captured.keys()):  # env.py excludes these tables
                 for header in _headers(everywhere[name]).values():
                     untrack = UntrackOp(*self._old(name, header, changes))
                     yield untrack, untrack.reverse()
@@ -184,7 +184,8 @@ class _Comparison:
         for entity in sorted({*old, *captured}):
             new = captured.get(entity)
             if new is not None:
-                triggers.creating(new, self._connection.dialect)  # raises if triggers cannot log a part of the model
+                # This raises an error if triggers cannot log a part of the model.
+                triggers.creating(new, self._connection.dialect)
                 only = restriction(new, self._connection.dialect)
                 columns = frozen(new.table, logged_columns(new.table, new.excluded))
                 new = CapturedTable.restricted(columns, new.entity, new.version, only, new.excluded)
@@ -228,7 +229,7 @@ def _altering(changes: ops.ModifyTableOps) -> list[ops.MigrateOperation]:
 
 
 def _headers(sources: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
-    """The headers of a table's triggers, by entity."""
+    """The descriptions at the beginning of a table's triggers, by entity."""
     headers = filter(None, map(read_header, sources.values()))
     return {header["entity"]: header for header in headers}
 

@@ -72,7 +72,7 @@ class TrackOp(_OfCapture):
 
 
 class UntrackOp(_OfCapture):
-    """``op.memstate_untrack``: drop these triggers. The log keeps its entries."""
+    """``op.memstate_untrack``: drop the triggers of ``op.memstate_track``. The log keeps its entries."""
 
     directive = "memstate_untrack"
 
@@ -100,7 +100,7 @@ class ProtectLogOp(_OfLog):
 
 
 class UnprotectLogOp(_OfLog):
-    """``op.memstate_unprotect_log``: drop these triggers."""
+    """``op.memstate_unprotect_log``: drop the triggers of ``op.memstate_protect_log``."""
 
     directive = "memstate_unprotect_log"
 
@@ -131,7 +131,7 @@ class RestoreIdsOp(_OfLog):
 
 
 class CountingTableOps(ModifyTableOps):
-    """Changes of one of our tables that uses AUTOINCREMENT. Reflection does not see it, so it is set again."""
+    """Changes of one of our tables with AUTOINCREMENT. Reflection does not see AUTOINCREMENT, so it is set again."""
 
     def reverse(self) -> CountingTableOps:
         return CountingTableOps(self.table_name, super().reverse().ops, schema=self.schema)
@@ -178,7 +178,7 @@ def _unprotect(operations: Operations, _: UnprotectLogOp) -> None:
 
 
 def _run(operations: Operations, statements: Iterable[str]) -> None:
-    """Run *statements* unchanged. ``op.execute`` would take colons for parameters, and double percent signs."""
+    """Run *statements* unchanged. ``op.execute`` would read colons as parameters, and would double percent signs."""
     context = operations.get_context()
     if not context.as_sql:
         triggers.run(operations.get_bind(), statements)

@@ -28,7 +28,7 @@ from memstate_sa.migrations.operations import (
     UntrackOp,
 )
 
-if TYPE_CHECKING:  # not at run time: Alembic loads its plugins while it imports this module
+if TYPE_CHECKING:  # Alembic loads its plugins while it imports this module, so only types import it
     from alembic.autogenerate.api import AutogenContext
 
 _DIALECTS: tuple[Dialect, Dialect] = (sqlite.dialect(), postgresql.dialect())  # type: ignore[no-untyped-call]
@@ -42,7 +42,7 @@ def stored(type_: TypeEngine[Any]) -> TypeEngine[Any]:
 
 
 def _plain(type_: TypeEngine[Any]) -> TypeEngine[Any]:
-    """*type_* as the nearest standard type, or NullType without one. PostgreSQL reads both as text."""
+    """*type_* as the nearest standard type, or NullType if there is none. PostgreSQL's triggers read both as text."""
     standard = next(filter(_is_standard, type(type_).__mro__), sqltypes.NullType)
     if standard is sqltypes.NullType:
         return sqltypes.NullType()

@@ -45,7 +45,7 @@ class EntityCoverage(NamedTuple):
     - ``has_refused_keys``: the index has refused keys of the entity.
     - ``newest_id``: the newest id of the outbox.
     - ``marked``: the points carry their entity.
-    - ``past``: the mark that the index should have.
+    - ``past``: the past that the index should share.
     - ``projection``: the projection of the rows that the index holds.
     """
 

@@ -107,8 +107,8 @@ def renew(connection: Connection, index: IndexKey, owner: str, lease_s: float) -
 class Claimant:
     """An owner that claims slots of a registered index.
 
-    - ``in_process``: the index runs in the owner's process. No write can land after that process has ended, so the
-      lease of a dead owner need not end first. With a server, a request may still be waiting there.
+    - ``in_process``: the index runs in the owner's process. No write can land after that process has ended, so its
+      slots are free at once. A server may still carry out a waiting request, so there the lease must end first.
     - ``epochs``: the slots that the owner knows to be its own.
     - ``kept_mark``: the mark that the index had before this transaction.
     - ``went_back``: the database was restored (see `marks`).

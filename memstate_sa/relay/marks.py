@@ -85,7 +85,7 @@ class Past:
         return mark.page > self.page or (self.page - mark.page < len(self.names) and not self.knows(mark))
 
     def next(self, most: int) -> Past:
-        """The past after the next page begins, with at most *most* names."""
+        """This past after its next page has begun. It keeps at most *most* names."""
         return Past(self.page + 1, (Mark.new(0).name, *self.names[: most - 1]))
 
     def values(self) -> dict[str, Any]:

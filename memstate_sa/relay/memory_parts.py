@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 class MemoryParts:
     """The parts of a `Memory`, which creates them.
 
-    The methods of `Memory` are in classes of the folders they belong to: `SearchMethods`, `UndoMethods`,
-    `MaintenanceMethods`.
+    The methods of `Memory` are in one class for each folder: `SearchMethods`, `UndoMethods`, `MaintenanceMethods`.
     """
 
     indexes: dict[str, VectorIndex]

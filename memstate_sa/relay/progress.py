@@ -17,7 +17,7 @@ ProgressOption: TypeAlias = Progress | bool | None
 
 @contextmanager
 def reporting(progress: ProgressOption, title: str) -> Iterator[Progress | None]:
-    """The function to report to. Raises MissingExtra if *progress* is True, and rich is not installed."""
+    """The function that gets the progress. Raises MissingExtra if *progress* is True, and rich is not installed."""
     if not isinstance(progress, bool):
         yield progress
     elif not progress:

@@ -28,7 +28,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 
 class Relays:
-    """The relays of one Memory, on any number of databases. It keeps none of them alive."""
+    """The relays of one Memory, on any number of databases. This object keeps no relay alive."""
 
     def __init__(
         self, registry: Registry, destinations: Mapping[str, Destination], engines: SyncEngines, notifier: Notifier

@@ -246,7 +246,7 @@ class PointWrite(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Upsert(Request[None]):
-    """Write points. The requests of ``meanwhile`` may run during the call, until its argument returns False."""
+    """Write points. ``meanwhile`` makes requests to run during the call, until the function that it gets says False."""
 
     writes: Sequence[PointWrite]
     meanwhile: Callable[[Callable[[], bool]], Exchange[None]] | None = field(default=None, compare=False)

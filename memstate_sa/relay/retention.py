@@ -120,7 +120,7 @@ def _forget(database: Database) -> Any:
 
 
 def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
-    """Delete the state of indexes that no relay has had a lease on for *keep*. Return their number."""
+    """Delete the state of indexes that had no lease for the time *keep*. Return their number."""
     take_write_lock(connection)
     before = utcnow() - keep
     has_lease = exists().where(
@@ -128,7 +128,7 @@ def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
         holder.c.incarnation == index_state.c.incarnation,
         holder.c.lease_until > before,
     )
-    # Delete this row first. A claim begins with it too, so that one waits for the other.
+    # Delete the row of the index first. A claim begins with that row too, so the two run one after the other.
     idle = delete(index_state).where(index_state.c.active_at < before, not_(has_lease))
     keys = connection.execute(idle.returning(index_state.c.index, index_state.c.incarnation)).all()
     for key in keys:

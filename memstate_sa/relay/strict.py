@@ -45,7 +45,7 @@ from memstate_sa.tracking.registry import Registry
 logger = printable_logger("memstate_sa.strict")
 
 LOCK_TIMEOUT_S = 10.0
-"""The longest wait of an intent for a lock. The transaction that it announces may have that lock itself."""
+"""The longest wait of an intent for a lock. The announced transaction may hold that lock itself."""
 
 _txs = unnest_strings("txs")
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
 import numpy as np
 from sqlalchemy import inspect
 
+from memstate_sa.fact import Fact
 from memstate_sa.indexes.base import Vector
-from memstate_sa.runtime.display import html_table, shortened, summary
+from memstate_sa.runtime.display import counted, html_table, shortened, shown, summary
 
 F = TypeVar("F")
 _SHOWN_HITS = 5
+_FACT_COLUMNS = ["id", "type", "payload"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -48,7 +50,7 @@ class Incomplete(StrEnum):
 
 
 class Hits(list[Hit[F]]):
-    """Hits, best first.
+    """Hits, best first. A slice of them has the same reasons.
 
     ``reasons`` says why the search could not consider some rows. Without a reason, the hits are ``complete``.
     """
@@ -57,12 +59,22 @@ class Hits(list[Hit[F]]):
         super().__init__(hits)
         self.reasons = list(reasons)
 
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Hit[F]: ...
+
+    @overload
+    def __getitem__(self, index: slice, /) -> Hits[F]: ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        chosen = super().__getitem__(index)
+        return Hits(chosen, self.reasons) if isinstance(index, slice) else chosen
+
     @property
     def complete(self) -> bool:
         return not self.reasons
 
     def _count(self) -> str:
-        return "1 hit" if len(self) == 1 else f"{len(self)} hits"
+        return counted(len(self), "hit", "hits")
 
     def _state(self) -> str:
         return f"incomplete: {', '.join(self.reasons)}" if self.reasons else "complete"
@@ -72,13 +84,17 @@ class Hits(list[Hit[F]]):
         return summary(self, self._count(), self._state(), *map(repr, self[:_SHOWN_HITS]), *rest)
 
     def _repr_html_(self) -> str:
-        rows = [(f"{hit.distance:.3f}", *_loaded(hit.fact)) for hit in self]
-        columns = list(dict.fromkeys(column for *_, values in rows for column in values))
-        return html_table(
-            f"{self._count()} ({self._state()})",
-            ["distance", "fact", *columns],
-            [[distance, name, *map(values.get, columns)] for distance, name, values in rows],
-        )
+        rows = [{"distance": f"{hit.distance:.3f}", **_shown_values(hit.fact)} for hit in self]
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        cells = (map(row.get, columns) for row in rows)
+        return html_table(f"{self._count()} ({self._state()})", columns, map(list, cells))
+
+
+def _shown_values(fact: object) -> dict[str, str]:
+    """The columns of *fact* in a table. A `Fact` needs no name of its class."""
+    name, values = _loaded(fact)
+    texts = {column: "" if value is None else shown(value) for column, value in values.items()}
+    return texts if isinstance(fact, Fact) else {"fact": name, **texts}
 
 
 def _loaded(fact: object) -> tuple[str, dict[str, Any]]:
@@ -86,7 +102,7 @@ def _loaded(fact: object) -> tuple[str, dict[str, Any]]:
     state: Any = inspect(fact, raiseerr=False)
     if state is None or not hasattr(state, "mapper"):
         return shortened(fact), {}
-    names = [attribute.key for attribute in state.mapper.column_attrs]
+    names = _FACT_COLUMNS if isinstance(fact, Fact) else [attribute.key for attribute in state.mapper.column_attrs]
     return type(fact).__name__, {name: state.dict[name] for name in names if name in state.dict}
 
 

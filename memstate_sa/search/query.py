@@ -12,7 +12,7 @@ from memstate_sa.tracking.validation import require_count
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """The arguments of `Memory.search`, without the Session and the target. Raises MemstateError for a bad one."""
+    """The arguments of `Memory.search`, without Session and target. Raises MemstateError for an invalid argument."""
 
     text: str
     limit: int

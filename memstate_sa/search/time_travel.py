@@ -119,7 +119,7 @@ def _rows_of_others(
 ) -> Iterator[tuple[str, Sequence[Any]]]:
     """The rows of other classes in a table that the class shares, with their keys.
 
-    The class shares it with other classes of single-table inheritance, or with its base class.
+    The class shares the table with other classes of single-table inheritance, or with its base class.
     """
     table = columns.table
     if tracked.criterion is None and table not in tracked.tables[: tracked.base_table_count]:
@@ -146,7 +146,7 @@ def _hide(connection: Connection, columns: TableColumns, rows: Sequence[Sequence
     names = [f"memstate_{n}" for n in range(len(stored))]
     values = {c.name: columns.raw_parameter(c, name) for c, name in zip(past.columns, names, strict=True)}
     for batch in batches(rows):
-        # If the type of the key was changed, the log may have both 1 and "1". SQLite takes them for the same text.
+        # If the type of the key was changed, the log may have both 1 and "1". SQLite treats both as the same text.
         statement = database_of(connection).upsert(past).values(values).on_conflict_do_nothing()
         connection.execute(statement, [dict(zip(names, row, strict=True)) for row in batch])
 

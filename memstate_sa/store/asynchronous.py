@@ -246,7 +246,7 @@ _blocks: ContextVar[tuple[_TransactionBlock, ...]] = ContextVar("memstate_transa
 
 
 def _block_of(store: AsyncMemoryStore) -> _TransactionBlock | None:
-    """The innermost transaction that this task began with *store*. Raises MemstateError in tasks created inside."""
+    """The innermost transaction that this task began with *store*. Raises MemstateError in a task of its block."""
     for block in reversed(_blocks.get()):
         if block.store is store and not block.is_over:
             if block.task is not asyncio.current_task():

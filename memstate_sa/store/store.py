@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
     """Facts with a type and a JSON payload, in any SQLite or PostgreSQL database. `AsyncMemoryStore` is for asyncio.
 
-    *index*: a `VectorIndex`, which is then named "memory", or several by name. Without an index there is no search.
+    *index*: a `VectorIndex`, which is then named "memory", or a dict of several by name. Without one there is no
+    search.
     *options*: see `StoreOptions`.
 
     A store creates its tables, and its relay in a background thread keeps the index up to date. A store is thread-safe.
@@ -104,9 +105,9 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
     ) -> None:
         """Declare that facts of *type* must satisfy the Pydantic *model*.
 
-        *unique_by* names one or more fields of the model. A commit with values that another fact has updates that fact,
-        see `commit`. The fields are read as the model reads them, by their aliases too. An *immutable* fact can be
-        added and deleted, but not changed.
+        *unique_by* names one or more fields of the model. If another fact has the same values, `commit` updates that
+        fact. The fields are read as the model reads them, by their aliases too. An *immutable* fact can be added and
+        deleted, but not changed.
         """
         self._types.register(type, model, unique_by, immutable=immutable)
 

@@ -46,9 +46,9 @@ class WritingMethods(StoreParts):
         The fact expires after *ttl*, or at its ``expires_at``, an aware datetime. A running relay deletes expired facts
         within a minute.
 
-        If an older fact has the same ``unique_by`` values, this call updates the older fact instead: it gets the
-        payload and the expiry. An ephemeral older fact becomes durable, and belongs to this session. An expired one is
-        replaced by a new fact.
+        If an older fact has the same ``unique_by`` values, this call gives the new payload and expiry to the older
+        fact. An ephemeral older fact becomes durable, and belongs to this session. An expired older fact is replaced by
+        a new fact.
 
         An error writes nothing. Raises ValidationFailed, with Pydantic's errors, if the schema refuses the fact. Raises
         ConflictError if an ephemeral fact would replace a durable fact, or a fact of another session.

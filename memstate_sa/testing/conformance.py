@@ -88,7 +88,7 @@ class IndexConformance:
     @pytest.fixture
     def make(self) -> Make:
         """A function that returns a new index object, not yet open. All objects of one test share one storage."""
-        raise NotImplementedError("override the fixture `make`")
+        raise NotImplementedError("Cannot create the index: override the fixture `make`.")
 
     @pytest.fixture
     def program(self) -> str | None:
@@ -102,7 +102,7 @@ class IndexConformance:
 
     def outage(self) -> AbstractContextManager[object]:
         """A context manager. Inside it the index cannot be reached, and afterwards it can."""
-        raise NotImplementedError("a remote index: override `outage`")
+        raise NotImplementedError("Cannot break the connection: a remote index must override the fixture `outage`.")
 
     # -- fixtures ------------------------------------------------------------------------------------------------------
 
@@ -306,12 +306,12 @@ class IndexConformance:
         for number in range(12):
             upserted, deleted = churn.round_of(number)
             for _ in range(chance.randint(1, 3)):
-                index.upsert([point(id_, values, fingerprint=mark) for id_, (mark, values) in upserted.items()])
+                index.upsert([point(id_, values, fingerprint=f) for id_, (f, values) in upserted.items()])
             for _ in range(chance.randint(1, 3)):
                 index.delete(deleted)
         expected = churn.state(12)
         assert contents(index, list(expected)) == expected
-        assert fingerprints(index) == {id_: mark for id_, (mark, _) in expected.items()}
+        assert fingerprints(index) == {id_: fingerprint for id_, (fingerprint, _) in expected.items()}
 
     def test_large_batch_is_written_read_and_deleted(self, index: VectorIndex) -> None:
         """One call writes, reads or deletes hundreds of points."""
@@ -403,7 +403,7 @@ class IndexConformance:
         assert fingerprints(index)["b"] in ["any", "five"][: 1 if self.fenced else 2]
 
     def test_overtaken_delete_leaves_newer_points_alone(self, index: VectorIndex, another: Make) -> None:
-        """In a fenced index, a delete leaves newer points alone. Every object remembers its epoch."""
+        """In a fenced index, a delete leaves newer points alone. Every object remembers the delete's epoch."""
         if not isinstance(index, FencedIndex):
             assert not self.fenced
             return
@@ -530,7 +530,7 @@ class IndexConformance:
         assert [m.id for m in answer] == ["p2", "p3"]
 
     def test_a_thousand_ids_restrict_the_query(self, index: VectorIndex) -> None:
-        """A search passes up to this many ids if its criteria cannot become a filter."""
+        """A query accepts a thousand ids. A search passes a thousand if its criteria cannot become a filter."""
         size = min(index.max_batch, 1100)
         ids = [f"p{n}" for n in range(size)]
         index.upsert([point(id_, (1, 1 + n, 0)) for n, id_ in enumerate(ids)])
@@ -633,10 +633,10 @@ class IndexConformance:
         index.upsert([point(names[0], (9, 9, 9), fingerprint="last")])
         stored = contents(index, names)
         assert stored[names[0]] == ("last", [9, 9, 9])
-        assert fingerprints(index) == {id_: mark for id_, (mark, _) in stored.items()}
-        for mark, values in stored.values():
-            if mark != "last":
-                worker, number = map(int, mark.split("-"))
+        assert fingerprints(index) == {id_: fingerprint for id_, (fingerprint, _) in stored.items()}
+        for fingerprint, values in stored.values():
+            if fingerprint != "last":
+                worker, number = map(int, fingerprint.split("-"))
                 assert values == [worker + 1, number, 1]
 
     def test_scan_beside_a_writer_lists_each_point_once(self, index: VectorIndex) -> None:
@@ -648,7 +648,7 @@ class IndexConformance:
         def passes() -> None:
             for _ in range(4):
                 listed = fingerprints(index, page=7)
-                assert [id_ for id_, mark in listed.items() if mark == "stable"] == stable
+                assert [id_ for id_, fingerprint in listed.items() if fingerprint == "stable"] == stable
                 assert set(listed) <= {*stable, *moving}
 
         self._beside(passes, lambda: self._move(index, moving))
@@ -659,7 +659,7 @@ class IndexConformance:
         index.delete(moving)
 
     def test_query_beside_a_writer_matches_written_points(self, index: VectorIndex) -> None:
-        """Fingerprint and distance of a match come from one write (``atomic``), or at least from written points."""
+        """A match's fingerprint and distance come from one write, or from two writes if the index is not ``atomic``."""
         versions = {"x": X, "y": Y}
         answers = [("x", 0), ("y", 1)] if self.atomic else [("x", 0), ("x", 1), ("y", 0), ("y", 1)]
         index.upsert([point("a", X, fingerprint="x"), point("b", Z, fingerprint="b")])
@@ -669,12 +669,12 @@ class IndexConformance:
                 among = ["a", "b"] if n % 2 else None
                 answer = {match.id: match for match in index.query(vector(*X), 5, ids=among)}
                 assert set(answer) == {"a", "b"}
-                mark, distance = answer["a"].fingerprint, round(answer["a"].distance, 3)
-                assert (mark, distance) in answers
+                fingerprint, distance = answer["a"].fingerprint, round(answer["a"].distance, 3)
+                assert (fingerprint, distance) in answers
 
         def write() -> None:
-            for mark in ("y", "x"):
-                index.upsert([point("a", versions[mark], fingerprint=mark)])
+            for fingerprint in ("y", "x"):
+                index.upsert([point("a", versions[fingerprint], fingerprint=fingerprint)])
 
         self._beside(ask, write)
 
@@ -765,7 +765,7 @@ class IndexConformance:
     # -- erasure -------------------------------------------------------------------------------------------------------
 
     def test_purge_removes_deleted_points_from_the_files(self, index: VectorIndex, files: Path | None) -> None:
-        """`purge` removes deleted and replaced points from the files, and changes nothing else. Or it is refused."""
+        """`purge` removes deleted and replaced points from the files, and nothing else, or it is refused."""
         kept = [point(f"k{n}", (1, n, 0), fingerprint=f"f{n}", metadata={"n": n}) for n in range(20)]
         index.upsert(kept)
         index.upsert([point("gone", Y, metadata={"secret": _ERASED}), point("k3", Y, metadata={"secret": _ERASED})])
@@ -794,13 +794,16 @@ class _Content:
 
     def __init__(self, first: str, numbers: list[str], done: int) -> None:
         self.incarnation, listed, stored, answer = json.loads(first)
-        self.points = {id_: (mark, values) for id_, (mark, values) in stored.items()}
-        assert listed == answer == {id_: mark for id_, (mark, _) in self.points.items()}
+        self.points = {id_: (fingerprint, values) for id_, (fingerprint, values) in stored.items()}
+        assert listed == answer == {id_: fingerprint for id_, (fingerprint, _) in self.points.items()}
         self.done = int(numbers[-1]) + 1 if numbers else done
 
 
 def _killed(program: str, done: int, *, lines: int | None) -> tuple[str, _Content]:
-    """Run *program*, which continues after *done* rounds, and kill it after *lines* more. With None it only reads."""
+    """Run *program*, which continues after *done* rounds, and kill it after *lines* more.
+
+    If *lines* is None, the program only prints the content of its index.
+    """
     last = done if lines is None else None
     code = f"{program}\nfrom memstate_sa.testing import churn\nchurn.main(index, {done}, {last})"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:  # noqa: S603

@@ -41,7 +41,7 @@ def fingerprints(index: VectorIndex, page: int = 100) -> dict[str, str]:
 
 
 def contents(index: VectorIndex, ids: Sequence[str]) -> dict[str, tuple[str, list[float]]]:
-    """Fingerprint and vector of the stored points among *ids*. Rounded, because an index may lose the last bit."""
+    """Fingerprint and vector of the stored points among *ids*. Values are rounded: an index may lose the last bit."""
     return {stored.id: (stored.fingerprint, stored.vector.round(5).tolist()) for stored in index.get(ids)}
 
 

@@ -55,7 +55,7 @@ class FactTypes:
     def check(self, values: Mapping[str, Any]) -> None:
         """Raise ValidationFailed, or Pydantic's ValidationError, unless a fact may have these values."""
         if "type" not in values or "payload" not in values:
-            return  # one is not loaded; the row is checked later
+            return  # an attribute is not loaded; the row is checked later
         name, payload = values["type"], values["payload"]
         fact_type = self._types.get(name) if isinstance(name, str) else None
         if fact_type is None:

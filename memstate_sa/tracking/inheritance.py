@@ -38,7 +38,7 @@ def tables_of(mapper: Mapper[Any]) -> tuple[Table, ...]:
 def image_name(column: Column[Any], root: Table) -> str:
     """The name of *column* in an image. *root* is the first table of the class."""
     table = column.table
-    return str(column.name if table is root else f"{table.fullname}.{column.name}")  # str: it may be a quoted_name
+    return str(column.name if table is root else f"{table.fullname}.{column.name}")  # it may be a quoted_name
 
 
 def is_concrete_below(mapper: Mapper[Any], base: Mapper[Any]) -> bool:

@@ -180,7 +180,7 @@ def derive(base: Tracked, mapper: Mapper[Any]) -> Tracked:
     try:
         require_attributes(mapper, *attributes_of(base.text), *base.metadata, *base.unique_names, *base.expiry)
     except MemstateError as error:
-        raise MemstateError(f"{error} {base.model.__name__} is tracked by this attribute.") from error
+        raise MemstateError(f"{error} The options of {base.model.__name__} hold for its subclasses, too.") from error
     entity, exclude = str(table.fullname), tuple(name for name in base.exclude if name in mapper.columns)
     model: type[Any] = mapper.class_
     return replace(base, model=model, entity=entity, derived=True, exclude=exclude, hydrations={}, _columns={})

@@ -87,7 +87,7 @@ class Tracked:
     text_version: int = 1
     exclude: tuple[str, ...] = ()
     withdrawn: bool = False  # the index must not hold points of the class any more
-    since: float = field(default_factory=monotonic, repr=False)  # when it was tracked
+    since: float = field(default_factory=monotonic, repr=False)  # the time of the call of `track`
     hydrations: dict[TableColumns, Select[Any]] = field(default_factory=dict, repr=False)
     _columns: dict[Database, TableColumns] = field(default_factory=dict, repr=False)
 

@@ -77,7 +77,7 @@ class Uniqueness:
 class Reference:
     """The constraint that a referred value exists.
 
-    *entity* is the entity whose keys the values are, or None if the values are no keys.
+    *entity*: the entity of the referred keys, or None if the referred values are no primary keys.
     """
 
     referring: FactsByValue

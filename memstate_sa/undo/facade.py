@@ -35,7 +35,7 @@ class UndoMethods(MemoryParts):
 
         Commit the session afterwards. The log only grows, and the vectors follow as for any write. Undone transactions
         do not count again, so two calls walk back two steps. Instances in the session are expired, and relationships to
-        them too. The result has fewer transactions than *steps* where there were no more.
+        them too. The result has fewer transactions than *steps* if there are no more to undo.
 
         *session_id*: undo only transactions with this label. By default, the labels of `annotate` apply, if any.
         *options*: see `RollbackOptions`. Instead of steps, ``to=`` undoes everything since a moment, and ``tx=`` one

@@ -89,8 +89,8 @@ class Order:
     def rounds(self) -> Iterator[list[Write]]:
         """Lists of writes of one kind that can be executed together, in order.
 
-        Writes that wait for nothing are ordered by kind: deletes, updates, inserts. This order frees the values of
-        unique indexes that are not compared here, because only the database knows their collation or expression.
+        Writes that wait for nothing are ordered by kind: deletes, updates, inserts. Some unique values are not compared
+        here, because only the database knows their collation or expression. This order frees such values early.
         """
         ready: dict[Kind, list[Write]] = {kind: [] for kind in Kind}
         released = [write for write in self._waiting if not self._before[write]]

@@ -29,7 +29,16 @@ from memstate_sa.db.tables import log
 from memstate_sa.db.undeclared_columns import undeclared_columns, what_is_lost
 from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError
 from memstate_sa.log import absent_keys
-from memstate_sa.log.changes import Change, LogEntry, LoggedChange, conflicting_entries, invert, new_tx
+from memstate_sa.log.changes import (
+    COLUMNS,
+    Change,
+    LogEntry,
+    LoggedChange,
+    conflicting_entries,
+    invert,
+    new_tx,
+    table_row,
+)
 from memstate_sa.log.history import Moment, read_changes
 from memstate_sa.runtime.display import html_table, summary
 from memstate_sa.runtime.warn import warn
@@ -79,8 +88,8 @@ class Revocation:
 
     def _repr_html_(self) -> str:
         groups = {"reverted": self.reverted, "kept": self.kept, "conflicts": self.conflicts}
-        rows = ((name, change.entity, change.key, change) for name, changes in groups.items() for change in changes)
-        return html_table(repr(self), ("", "entity", "key", "change"), rows)
+        rows = ((name, *table_row(change)) for name, changes in groups.items() for change in changes)
+        return html_table(repr(self), ("", *COLUMNS), rows)
 
 
 class Undo:

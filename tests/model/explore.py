@@ -54,7 +54,7 @@ def exhaust(model: Model[S]) -> Found:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """States have no cycles, and searching hundreds of thousands of them for cycles takes a quarter of the time."""
+    """Stop the garbage collector in this block. It takes a quarter of the time, but states have no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -79,9 +79,7 @@ def walk(model: Model[S], seed: int, weight: Callable[[str], float] = lambda lab
 
 
 def _trace(model: Model[S], came_from: dict[S, S | None], state: S) -> tuple[str, ...]:
-    """The labels of the way to *state*. They are computed again, because storing them would need more room than the
-    states.
-    """
+    """The labels of the way to *state*, computed again. Stored labels would need more room than the states."""
     labels = []
     while (before := came_from[state]) is not None:
         labels.append(next(label for label, successor in model.successors(before) if successor == state))

@@ -45,10 +45,10 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
-NO_ROW, A, B, C = range(4)  # contents: of a row, of an index, in a ledger
-FUTURE, OPEN, WRITTEN, COMMITTED, ROLLED_BACK = range(5)  # states of a change; WRITTEN: a strict one, in the index
-FREE, LIVE, EXPIRED = range(3)  # states of a lease; FREE: released cleanly, no owner is left
-IDLE, READY, WROTE = range(3)  # states of a worker; READY: before or in the call, WROTE: not acknowledged
+NO_ROW, A, B, C = range(4)  # contents of a row, an index or a ledger
+FUTURE, OPEN, WRITTEN, COMMITTED, ROLLED_BACK = range(5)  # states of a change; WRITTEN is a strict one in the index
+FREE, LIVE, EXPIRED = range(3)  # states of a lease; a FREE one was released cleanly, and has no owner
+IDLE, READY, WROTE = range(3)  # states of a worker; WROTE is not yet acknowledged
 
 _SHOWN = "-abc"
 
@@ -97,19 +97,17 @@ class Change(NamedTuple):
 
     content: int
     key: int = 0
-    slow: bool = False  # takes its xid, then others may begin and commit before it does
+    slow: bool = False  # others may begin and commit between its xid and its commit
     strict: bool = False
 
 
 class Faults(NamedTuple):
-    """The numbers of faults that are left. Expiries are of living holders' leases: a dead holder's may expire at any
-    time.
-    """
+    """The numbers of faults that are left. Only the expiries of living holders' leases count."""
 
     crashes: int = 0
     expiries: int = 0
     failures: int = 0
-    releases: int = 0  # clean ones: no fault, but without a bound they would never end
+    releases: int = 0  # a clean release is no fault, but needs a bound too
 
 
 NO_FAULTS = Faults()
@@ -117,7 +115,7 @@ NO_FAULTS = Faults()
 
 @dataclass(frozen=True, eq=False)
 class Config:
-    """The bounds of a search. It is compared by identity, which makes it a cheap key for memoised helpers."""
+    """The bounds of a search. Configs are compared by identity, so that they are cheap keys for memoised helpers."""
 
     landing: Landing
     changes: tuple[Change, ...] = (Change(B, slow=True), Change(NO_ROW), Change(A))
@@ -130,39 +128,39 @@ class Config:
 
 
 class Worker(NamedTuple):
-    """A worker's knowledge of one slot. All zero: nothing."""
+    """A worker's knowledge of one slot. If all values are zero, it knows nothing."""
 
     step: int = IDLE
-    epoch: int = 0  # the epoch of its claim; 0: none
+    epoch: int = 0  # the epoch of its claim, or 0
     seen: int = 0  # its cursor, at or ahead of the stored one
-    target: int = 0  # the target of the open window; 0: none
+    target: int = 0  # the target of the open window, or 0
     settle: bool = False  # the ledger is not trusted for this window
     key: int = 0  # the key of the current page
     content: int = 0  # the key's new content
-    page: int = 0  # the page's entries, or
-    parking: int = 0  # the version of its parking
+    page: int = 0  # the page's entries, if it has any
+    parking: int = 0  # the version of the parking, if the key was parked
     overtook: bool = False  # the write landed after another had claimed the slot
-    sent: int = 0  # only where FENCE_BY_EPOCH is broken: its own sequence
-    remembered: tuple[int, ...] = ()  # only where TRUTH_AFTER_CLAIM is broken: the truth before the claim
+    sent: int = 0  # its own sequence, if FENCE_BY_EPOCH is broken
+    remembered: tuple[int, ...] = ()  # the truth before the claim, if TRUTH_AFTER_CLAIM is broken
 
 
 class Call(NamedTuple):
     """A write that may still land, although its caller no longer waits for it."""
 
-    epoch: int  # 0: the application's
+    epoch: int  # the application's calls have 0
     key: int
-    token: int  # the fence compares it
+    token: int  # the fence compares tokens
     content: int
 
 
 class Slot(NamedTuple):
     """One slot of one index: the index's content, the relay's tables, and the workers' memory. Tuples are by key."""
 
-    held: tuple[int, ...]  # by the index
-    fence: tuple[int, ...]  # kept by the index
+    held: tuple[int, ...]  # the contents that the index has
+    fence: tuple[int, ...]  # the tokens that the index remembers
     ledger: tuple[int, ...]
-    parked: tuple[int, ...]  # version of the parking; 0: not parked
-    again: tuple[bool, ...]  # to be parked when no abandoned call for the key can land
+    parked: tuple[int, ...]  # the version of the parking, or 0 if the key is not parked
+    again: tuple[bool, ...]  # the key is parked when no abandoned call for it can land
     seen: int
     target: int
     epoch: int
@@ -230,7 +228,7 @@ class Move(NamedTuple):
 
 @cache
 def _moves(statuses: tuple[int, ...], config: Config) -> tuple[Move, ...]:
-    """Xids are taken in the order of the changes. The row of a strict change is locked from its write to its end."""
+    """The possible moves. Xids are taken in the order of changes. A strict change locks its row from write to end."""
     running = [change for change, status in zip(config.changes, statuses, strict=True) if status in (OPEN, WRITTEN)]
     locked = {change.key for change in running if change.strict}
     moves = []
@@ -267,9 +265,8 @@ def _application(state: State, config: Config) -> Iterator[Step]:
 def _strict_write(state: State, n: int, label: str, config: Config) -> Iterator[Step]:
     """Write the index under the epoch of the current claim, so that later claims' writes are not overwritten.
 
-    A refusal by the fence does no harm, because the relay delivers the key anyway. A failed call does no harm either:
-    it
-    vetoes the commit, and is in the model as a rollback before or after the write.
+    A refusal by the fence does no harm, because the relay delivers the key anyway. A failed call does no harm either.
+    It vetoes the commit, and the model has this as a rollback before or after the write.
     """
     changes, truth, slots, faults = state
     key, content = config.changes[n].key, config.changes[n].content
@@ -289,7 +286,7 @@ def _strict_write(state: State, n: int, label: str, config: Config) -> Iterator[
 class View(NamedTuple):
     """The state outside a slot that its steps depend on."""
 
-    present: int  # a snapshot, of the slot's own entries
+    present: int  # a snapshot, without entries of other slots
     truth: tuple[int, ...]
     faults: Faults
 
@@ -298,9 +295,8 @@ class View(NamedTuple):
 def visible(changes: tuple[int, ...], config: Config) -> int:
     """The entries that a snapshot taken now sees.
 
-    An intent has the xid of its transaction, so it is seen when the transaction has ended, by commit or rollback.
-    Without
-    that xid it would be a separate entry, seen at once.
+    An intent has the xid of its transaction, so a snapshot sees it when the transaction has ended, by commit
+    or rollback. Without that xid, an intent would be a separate entry that is seen at once.
     """
     mask = 0
     for n, (change, status) in enumerate(zip(config.changes, changes, strict=True)):
@@ -343,7 +339,7 @@ def _slot_steps(slot: Slot, view: View, config: Config) -> Iterator[SlotStep]:
     faults = view.faults
     for n, worker in enumerate(slot.workers):
         if n and worker == slot.workers[n - 1] and _is_symmetric(config):
-            continue  # its steps equal its twin's
+            continue  # an equal worker has the same steps
         if worker.step == READY:
             yield from _call(slot, n, view, config)
         elif worker.step == WROTE:
@@ -459,7 +455,7 @@ def _call(slot: Slot, n: int, view: View, config: Config) -> Iterator[SlotStep]:
 
 
 def _failed(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
-    """A call has failed and ended. Try again under the same claim if it still holds."""
+    """End a call that has failed. The worker tries again under the same claim if it still holds."""
     worker = slot.workers[n]
     if not stands:
         return _give_up(slot, n, worker, config)
@@ -468,7 +464,7 @@ def _failed(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
 
 
 def _timed_out(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
-    """A call was abandoned that may still land after the next write. No fence stops it under the same claim.
+    """Abandon a call that may still land after the next write. Under the same claim no fence stops it.
 
     So the key is delivered at once, and again when the call cannot land any more.
     """
@@ -517,7 +513,7 @@ def _acknowledge(slot: Slot, n: int, worker: Worker, view: View, config: Config)
 
 
 def _give_up(slot: Slot, n: int, worker: Worker, config: Config) -> Slot:
-    """Another worker holds the slot, or none does. Written keys, and perhaps written ones, are delivered again."""
+    """Give up a slot that another worker has claimed. Keys that were written, or perhaps were, are delivered again."""
     left = _with(slot, n, _forgotten(worker), config)
     if worker.step == IDLE or config.broken is Rule.REDIRTY:
         return left
@@ -546,7 +542,7 @@ def _expire(slot: Slot, faults: Faults, config: Config) -> Iterator[SlotStep]:
 
 
 def _crashes(state: State, config: Config) -> Iterator[Step]:
-    """A worker loses its knowledge of every slot. Its calls are lost, or land later."""
+    """Crash a worker. It loses its knowledge of every slot, and its calls are lost or land later."""
     faults = state.faults._replace(crashes=state.faults.crashes - 1)
     for n in range(config.workers):
         workers = [slot.workers[n] for slot in state.slots]
@@ -580,7 +576,7 @@ def _crash(slot: Slot, n: int, late: bool, config: Config) -> Slot:
 
 
 def _land(slot: Slot, call: Call, config: Config) -> Slot:
-    """The index takes a write, unless its fence is higher."""
+    """Let the index take a write, unless its fence is higher."""
     held = _put(slot.held, call.key, call.content)
     if config.landing is not Landing.FENCED:
         return slot._replace(held=held)
@@ -592,7 +588,7 @@ def _land(slot: Slot, call: Call, config: Config) -> Slot:
 
 
 def _send(slot: Slot, call: Call, config: Config) -> Slot:
-    """A call may land later. If the fence refuses it now, it is lost, because a fence never gets lower."""
+    """Let a call land later. If the fence refuses the call now, it is lost, because a fence never gets lower."""
     if config.landing is Landing.FENCED and call.token < slot.fence[call.key]:
         return slot
     return slot._replace(calls=tuple(sorted((*slot.calls, call))))
@@ -603,7 +599,7 @@ def _park(slot: Slot, key: int) -> tuple[int, ...]:
 
 
 def _idle(worker: Worker) -> Worker:
-    """The page is finished. The claim and the window go on."""
+    """The worker without its page. The claim and the window go on."""
     return worker._replace(step=IDLE, key=0, content=0, page=0, parking=0, overtook=False)
 
 
@@ -612,7 +608,7 @@ def _forgotten(worker: Worker) -> Worker:
 
 
 def _superseded(worker: Worker, config: Config) -> Worker:
-    """A worker that lost the slot can only finish writing its page, and be refused."""
+    """The worker after the loss of its slot: it can only finish writing its page, and be refused."""
     if worker.step == IDLE or config.broken is Rule.CHECK_EPOCH:
         return worker
     content = worker.content if worker.step == READY else 0
@@ -629,7 +625,7 @@ def _ordered(workers: tuple[Worker, ...], config: Config) -> tuple[Worker, ...]:
 
 @cache
 def _is_symmetric(config: Config) -> bool:
-    """With one slot, workers are interchangeable: only their knowledge matters."""
+    """Whether workers are interchangeable. With one slot, only their knowledge matters."""
     return config.indexes == 1 and len(set(config.slots)) == 1
 
 
@@ -676,7 +672,7 @@ def violation(state: State, config: Config) -> Violation | None:
 
 
 def wrong(state: State, is_last: bool, config: Config) -> Violation | None:
-    """`violation`, and whether work is left when nothing can happen.
+    """`violation`, or STUCK if work is left when nothing can happen.
 
     Faults and changes are bounded, so every run reaches such an end. This is the other half of convergence: all work is
     done once faults stop.

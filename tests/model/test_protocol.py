@@ -33,7 +33,7 @@ from tests.model.protocol import (
 )
 from tests.support import PATIENCE_S, sizes
 
-# MEMSTATE_FAULTS=2,1,1,1 and MEMSTATE_WALKS=5000 look further, MEMSTATE_SEED elsewhere; see `Faults`.
+# MEMSTATE_FAULTS=2,1,1,1 (see `Faults`) and MEMSTATE_WALKS=5000 search more. MEMSTATE_SEED takes other walks.
 BOUNDS = [Faults(crashes=1, expiries=1, failures=1), Faults(expiries=1, releases=1)]
 if given := os.environ.get("MEMSTATE_FAULTS"):
     BOUNDS = [Faults(*map(int, given.split(",")))]
@@ -157,7 +157,7 @@ def test_every_rule_has_a_case() -> None:
 
 
 def test_a_counterexample_can_be_read() -> None:
-    """The shortest one: a cursor that is an id passes a transaction that commits late."""
+    """The shortest counterexample: a cursor that is an id passes a transaction that commits late."""
     found = search(Landing.FENCED, changes=(Change(B, slow=True), Change(NO_ROW)), broken=Rule.SNAPSHOTS)
     assert str(found).splitlines() == [
         "Violation.DIVERGED after 8 steps:",
@@ -186,12 +186,12 @@ RARE = {
 
 
 def weight(label: str) -> float:
-    """The relay is fast, faults and rollbacks are rare. Otherwise a walk would end before it meets trouble."""
+    """The weight of a move: the relay is fast, and faults and rollbacks are rare. Other walks end before trouble."""
     return next((weight for part, weight in RARE.items() if part in label), 1.0)
 
 
 def random_walk(seed: int, landing: Landing, slots: tuple[int, ...], broken: Rule | None = None) -> Found:
-    """Two keys, in one slot or in two, three workers, two indexes, twelve transactions, many faults."""
+    """Walk through a space of two keys, three workers, two indexes, twelve transactions and many faults."""
     choose = random.Random(seed)
     changes = tuple(
         Change(choose.choice((NO_ROW, A, B, C)), key=choose.randrange(2), slow=choose.random() < 0.3) for _ in range(12)

@@ -122,14 +122,14 @@ class State:
     cursors: dict[int, Cursor]
     paused: bool = False
     marked: bool = False
-    leases: dict[str, float] = field(default_factory=dict)  # until when, by owner
+    leases: dict[str, float] = field(default_factory=dict)  # the end of each owner's lease
     refill: dict[tuple[str, int], tuple[str | None, bool]] = field(default_factory=dict)
     ledger: dict[FactKey, Recorded] = field(default_factory=dict)
     parked: dict[FactKey, Waiting] = field(default_factory=dict)
 
 
 class Database:
-    """``clock`` is the server's. ``ended`` are owners whose process is known to have ended."""
+    """The database. ``clock`` is the server's clock. ``ended`` are owners whose process has certainly ended."""
 
     def __init__(self, clock: Callable[[], float], *, slots: int, sqlite: bool, lease_s: float) -> None:
         self.sqlite = sqlite
@@ -140,9 +140,11 @@ class Database:
         self.open: list[Transaction] = []
         self.states: dict[tuple[str, int], State] = {}
         self.ended: set[str] = set()
-        self.may_go_back = False  # to its state before a record whose answer was lost
-        self.steps = 0  # transactions of the relay so far: a logical clock
-        self.granted: dict[tuple[Any, ...], tuple[str, int]] = {}  # (index, incarnation, slot, epoch): owner and step
+        self.may_go_back = False  # whether a position may: its record had no answer
+        self.steps = 0  # a logical clock: the number of the relay's transactions
+        self.granted: dict[
+            tuple[Any, ...], tuple[str, int]
+        ] = {}  # owner and step, by (index, incarnation, slot, epoch)
         self._clock = clock
         self._lease_s = lease_s
         self._next_xid = 10
@@ -168,7 +170,7 @@ class Database:
     writing = frozenset({Claim, Renew, Release, Acknowledge, Redirty})
 
     def is_locked_for(self, request: Request[Any]) -> bool:
-        """SQLite has one writer."""
+        """Whether another writer blocks *request*. SQLite has one writer."""
         return self.sqlite and type(request) in self.writing and any(tx.xid is not None for tx in self.open)
 
     def execute(self, me: Me, request: Request[Any]) -> Any:
@@ -186,7 +188,7 @@ class Database:
         return slot
 
     def state(self, me: Me) -> State:
-        """The state of an index that was emptied long ago is forgotten."""
+        """The state of this lifetime of the index. The state of an index that was emptied long ago is forgotten."""
         return self.states.get((me.index, me.incarnation)) or State({})
 
     # -- the application ---------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from tests.simulation.world import LEASE_S, Config, Index, Worker, World, explai
 from tests.support import PATIENCE_S
 
 SEEDS = int(os.environ.get("MEMSTATE_SIM_SEEDS", "5000"))
-SHARES = 4  # of the deep search, for several processes
+SHARES = 4  # the deep search has four parts, for several processes
 ONE = os.environ.get("MEMSTATE_SIM_SEED")
 ENOUGH = 2000  # seeds that are enough to find a fault made on purpose
 
@@ -114,7 +114,7 @@ def run_step(world: World, worker: Worker) -> None:
 
 
 def test_a_page_read_ahead_is_not_written_after_a_takeover() -> None:
-    """Its rows are older than another owner's deliveries, and nothing else would show this."""
+    """The page's rows are older than another owner's deliveries, and nothing else would show this."""
     config = replace(Config.of(0).about("ahead"), slots=1, workers=0, ticks=0, older=0.0, in_process=False, rates={})
     world = World(config)
     index, changed = world.indexes[0], world.facts[-1]
@@ -129,7 +129,7 @@ def test_a_page_read_ahead_is_not_written_after_a_takeover() -> None:
 
     world.pass_time(2 * LEASE_S)
     second = world.start(index, ("fact",))
-    run_step(world, second)  # its claim
+    run_step(world, second)  # the step is its claim
     change = world.database.begin()
     world.database.write(change, changed, Row("b", 0))
     world.commit(change)
@@ -284,7 +284,7 @@ class RowsReadAheadAreNotReadAgain(SlotWorker):
 
 
 class GhostsAreNotScannedFor(World):
-    """Points from earlier are not scanned."""
+    """Points from before the first delivery are not scanned."""
 
     def _scan(self, worker: Worker, request: ListFacts) -> KeyPage:
         return KeyPage({}, None)

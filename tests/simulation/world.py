@@ -51,7 +51,7 @@ from tests.simulation.database import (
     Violation,
 )
 
-LEASE_S = 0.25  # some fifty requests
+LEASE_S = 0.25  # about fifty requests take this long
 POLICY = RetryPolicy(max_attempts=3, delay_s=0.02, max_delay_s=0.2)
 POISON = (UNREADABLE, REFUSED_BY_EMBEDDER, REFUSED_BY_INDEX)
 TEXTS = ("a", "b", "c", "a", "b", "c", None)
@@ -104,7 +104,7 @@ class Config:
     entities: tuple[str, ...]
     keys: int
     texts: tuple[str | None, ...]
-    fenced: Mapping[str, bool]  # by index
+    fenced: Mapping[str, bool]  # whether each index is fenced
     in_process: bool
     workers: int
     page_size: int
@@ -113,9 +113,9 @@ class Config:
     strict: bool
     partial: bool  # some workers do not know every entity
     ticks: int
-    older: float  # share of rows that an index holds from earlier
+    older: float  # the share of rows that an index has at the beginning
     rates: Mapping[str, float]
-    reads_ahead: bool = False  # while a page is at the index
+    reads_ahead: bool = False  # read the next page while a page is at the index
 
     FAULTS: ClassVar[Mapping[str, float]] = {
         # faults of a call
@@ -180,7 +180,7 @@ class Config:
         return config.about(rng.choice(list(THEMES))) if rng.random() < 0.6 else config
 
     def about(self, theme: str) -> Config:
-        """A history in which certain things happen often, to few keys, and little else."""
+        """A history of a theme: certain things happen often, to few keys, and little else happens."""
         return replace(self, **(AHEAD if theme == "ahead" else THEMES[theme]))
 
 
@@ -224,16 +224,16 @@ class Worker:
     doing: str = ""
     request: Request[Any] | None = None
     answer: tuple[Any, Exception | None] | None = None
-    ahead: Exchange[None] | None = None  # beside an Upsert
+    ahead: Exchange[None] | None = None  # the reading of the next page, beside an Upsert
     asks_ahead: Request[Any] | None = None
     rests: bool = False  # its last step found nothing to do
     paused_until: float = 0.0
     leaving: bool = False
     began: float = 0.0
     idle_until: float = 0.0
-    settling: int = 0  # a number of requests
-    read: dict[FactKey, int] = field(default_factory=dict)  # when, in steps of the database
-    overtaken: set[FactKey] = field(default_factory=set)  # written after another had claimed the slot
+    settling: int = 0  # for so many more requests
+    read: dict[FactKey, int] = field(default_factory=dict)  # the time of each reading, in steps of the database
+    overtaken: set[FactKey] = field(default_factory=set)  # keys written after another had claimed the slot
 
 
 class Landing(NamedTuple):
@@ -267,7 +267,7 @@ class World:
         self.landings: list[Landing] = []
         self.facts = [(entity, key) for entity in config.entities for key in KEYS[: config.keys]]
         self.hot: deque[FactKey] = deque(maxlen=4)  # keys that had errors: changes are likely to matter
-        self.before: dict[FactKey, Row | None] = {}  # the last change
+        self.before: dict[FactKey, Row | None] = {}  # each row before its last change
         self.committed: dict[FactKey, set[str | None]] = {fact: set() for fact in self.facts}
         self._started = 0
         self._begin()
@@ -288,7 +288,7 @@ class World:
     # -- the whole run -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run the history. Raises Violation."""
+        """Run the history. Raises Violation when the protocol breaks a promise."""
         rng = self.rng
         for tick in range(self.config.ticks):
             chance = rng.random()
@@ -303,7 +303,7 @@ class World:
                 if busy:
                     self.advance(rng.choice(busy))
                 elif ready and chance < 0.6:
-                    self.advance(rng.choice(ready))  # a commit wakes it
+                    self.advance(rng.choice(ready))  # a commit wakes the worker
                 else:
                     self.pass_time(rng.random() * LEASE_S / 4)
         self.converge()
@@ -522,7 +522,7 @@ class World:
     def _crash(self, worker: Worker) -> None:
         index, request = worker.index, worker.request
         if not index.fenced and worker.overtaken:
-            return  # only this worker could report its late writes: see docs/explanation/architecture.md
+            return  # no other worker could report the late writes: see docs/explanation/architecture.md
         self.counts["crash"] += 1
         self._heat(request)
         self.log(worker.owner, "crashes, before", _short(request))
@@ -808,7 +808,7 @@ class World:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def converge(self) -> None:
-        """Stop all faults: everything comes to rest, and agrees."""
+        """Stop all faults. Raises Violation unless everything comes to rest, and the indexes hold the truth."""
         self.log("no more faults")
         self.rates = {}
         for state in self.database.states.values():

@@ -28,8 +28,7 @@ class App:
     """Mapped classes that a Memory tracks, and their database. A test file adds its own methods in a subclass.
 
     *memory* holds options of the Memory, *options* those of `Memory.track`. *tracking* holds options of one class, by
-    the
-    class or by its name.
+    the class or by its name.
     """
 
     def __init__(
@@ -99,5 +98,5 @@ class App:
 
 
 def make_app(engine: Engine, *models: type[Any], **options: Any) -> App:
-    """An App that tracks *models*. Its options are those of the class."""
+    """An App that tracks *models*. The options are those of `App`."""
     return App(engine, *models, **options)

@@ -16,4 +16,4 @@ def persistent(path: Path) -> Iterator[ClientAPI]:
     try:
         yield client
     finally:
-        client.close()  # type: ignore[attr-defined]  # of the class, not of ClientAPI
+        client.close()  # type: ignore[attr-defined]  # ClientAPI does not declare it

@@ -51,7 +51,7 @@ class Role(enum.StrEnum):
     NOTE = "note"
 
 
-class OldRole(str, enum.Enum):  # noqa: UP042  # as older programs have it
+class OldRole(str, enum.Enum):  # noqa: UP042  # older programs do this
     TIP = "tip"
     NOTE = "note"
 
@@ -241,7 +241,7 @@ def assert_agrees_with_sql(engine: Engine, index: VectorIndex, more: Iterable[An
 
 def _difference(memory: Memory, session: Session, criterion: ColumnElement[bool]) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about SQLite and decimals
+        warnings.simplefilter("ignore")  # SQLAlchemy warns about decimals on SQLite
         rows = sorted(session.scalars(select(Everything.id).where(criterion)))
         hits = memory.search(session, "one", select(Everything).where(criterion))
     found = sorted(hit.fact.id for hit in hits)

@@ -18,15 +18,15 @@ def make_engine(url: Any, *, comments: bool = False, **options: Any) -> Engine:
     Without *comments*, making our tables on PostgreSQL takes a third fewer statements.
     """
     engine = create_engine(url, **options)
-    if not options.keys() <= _OF_A_POOL:  # options that may belong to the dialect
+    if not options.keys() <= _OF_A_POOL:  # some options may belong to the dialect
         return engine
     kind = engine.dialect.name, comments
     first = _first.get(kind)
     if first is None:
         first = create_engine("sqlite://" if engine.dialect.name == "sqlite" else url, query_cache_size=5000)
         try:
-            first.connect().close()  # its dialect learns the server's version
-        except OperationalError:  # a test of a URL that does not connect
+            first.connect().close()  # the dialect learns the server's version
+        except OperationalError:  # a test may use a URL that does not connect
             return engine
         first.dispose()
         first.dialect.supports_comments &= comments

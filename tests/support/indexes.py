@@ -1,4 +1,4 @@
-"""Every index, for a test that runs the same on each of them."""
+"""Every index, for tests that are the same for all of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Make = Callable[[], VectorIndex]
 def storage(kind: str, folder: Path, request: pytest.FixtureRequest) -> Iterator[Make]:
     """Yield a function that makes an index on one storage, like an application's processes. One is open at a time."""
     if kind == "memory":
-        only = InMemoryIndex()  # no other object of it survives
+        only = InMemoryIndex()  # it lives only as long as this object
         yield lambda: only
     elif kind == "faiss":
         pytest.importorskip("faiss")

@@ -1,4 +1,4 @@
-"""A database as made by the version before memstate_0007: one of our tables differs, and the triggers that name it."""
+"""A database as made by the version before memstate_0007: one table, and the triggers that use it, differ."""
 
 from __future__ import annotations
 

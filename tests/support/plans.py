@@ -27,7 +27,7 @@ def plans(engine: Engine, action: Any, tables: str = "memstate_") -> dict[str, s
     explain = "EXPLAIN QUERY PLAN " if engine.dialect.name == "sqlite" else "EXPLAIN "
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":
-            connection.execute(text("SET enable_seqscan = off"))  # to see whether an index can serve it
+            connection.execute(text("SET enable_seqscan = off"))  # the plan then shows whether an index can serve it
         return {
             statement: "\n".join(
                 str(row[-1]) for row in connection.exec_driver_sql(explain + statement, parameters).all()

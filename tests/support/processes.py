@@ -62,7 +62,7 @@ class Process:
             return self.memory.search(session, query, Tag, **options)
 
     def asks(self, query: str = "something to drink") -> str:
-        """The index that a search asks, known from its hits' distances, because no two embedders give the same."""
+        """The index that a search asks. The distances of hits show it, because no two embedders give the same ones."""
         [name] = embedded_by(self.search(query), query)
         return name
 

@@ -91,7 +91,7 @@ class Play:
 
     def run(self, steps: list[tuple[str, tuple[Any, ...]]]) -> None:
         with warnings.catch_warnings():
-            # As errors in the middle of a flush or a rollback, they would leave the Session in between.
+            # If these warnings were errors in a flush or a rollback, the Session would be left in the middle of it.
             warnings.filterwarnings("ignore", "Session's state has been changed on a non-active")
             warnings.filterwarnings("ignore", "DELETE statement on table")
             self._run(steps)
@@ -235,7 +235,7 @@ class Play:
         self.session.expire_all()
 
     def another_program(self, n: int, about: str) -> None:
-        """It runs between two transactions of ours."""
+        """Change rows by another program, between two transactions of ours."""
         self.commit()
         with self.world.engine.connect() as connection, connection.begin():
             connection.execute(text("INSERT INTO person (name, about) VALUES ('other', :a)"), {"a": about})
@@ -263,7 +263,7 @@ class Play:
 
     def rollback_savepoint(self) -> None:
         if self.savepoints:
-            savepoint = self.savepoints.pop(len(self.savepoints) // 2)  # out of order: inner ones go with it
+            savepoint = self.savepoints.pop(len(self.savepoints) // 2)  # its inner SAVEPOINTS end with it
             if savepoint.is_active:
                 savepoint.rollback()
 

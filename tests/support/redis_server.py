@@ -54,7 +54,7 @@ class Server:
 
     @contextmanager
     def unreachable(self) -> Iterator[None]:
-        """Close its port and its connections. Nothing is lost."""
+        """Close the port and the connections of the server. No data is lost."""
         self.admin.config_set("port", 0)
         self.admin.client_kill_filter(_type="normal", skipme=True)
         yield

@@ -12,7 +12,7 @@ def statements(engine: Engine) -> list[str]:
     mine = threading.get_ident()
 
     def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
-        if threading.get_ident() == mine:  # not statements that wake relays after a commit
+        if threading.get_ident() == mine:  # another thread wakes relays after a commit
             seen.append(statement)
 
     event.listen(engine, "before_cursor_execute", note)

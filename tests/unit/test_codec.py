@@ -60,7 +60,7 @@ def test_a_key_is_canonical_text(key: list[Any]) -> None:
 
 
 def test_an_instant_has_one_form() -> None:
-    """The offset of the connection that read a timestamptz does not show."""
+    """The stored form does not depend on the offset of the connection that read a timestamptz."""
     noon = datetime(2024, 5, 1, 12, tzinfo=UTC)
     assert encode_key([noon]) == encode_key([noon.astimezone(timezone(timedelta(hours=2)))])
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from html import unescape
 from io import StringIO
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from memstate_sa import Change, Diagnosis, DriftReport, Hit, Hits, Memory, MissingExtra, sqlite
+from memstate_sa import Change, Diagnosis, DriftReport, Fact, Hit, Hits, Memory, MissingExtra, sqlite
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.log.changes import Changes
 from memstate_sa.maintenance.doctor import Problem
@@ -57,7 +59,7 @@ def test_changed_is_the_columns_that_differ() -> None:
     [
         (UPDATE, "<Change [update tip 7 | text='old' → 'new', n=1 → None | by ann | undoes first]>"),
         (change(None, {"text": "new"}), "<Change [insert tip 7 | text='new']>"),
-        (change({"text": "x" * 100}), f"<Change [delete tip 7 | text='{'x' * 38}…]>"),
+        (change({"text": "x" * 100}), f"<Change [delete tip 7 | text='{'x' * 58}…]>"),
         (Hit(Tip(id=7, text="green tea"), 0.1234), "<Hit [0.123 | Tip id=7, text='green tea']>"),
         (Hits(), "<Hits [0 hits | complete]>"),
         (
@@ -106,7 +108,7 @@ def test_reprs_of_memory_relay_and_index_tell_their_state(app: App) -> None:
     assert repr(app.memory) == "<Memory [memory: InMemoryIndex | tracks Tip]>"
     assert repr(app.relay) == "<Relay [not running | memory: 1 delivered]>"
     embedder = f"{app.embedder.dimension} dimensions by {app.embedder.fingerprint}"
-    assert repr(app.index) == f"<InMemoryIndex [1 points | {embedder}]>"
+    assert repr(app.index) == f"<InMemoryIndex [1 point | {embedder}]>"
 
 
 def test_a_look_at_hits_loads_nothing() -> None:
@@ -117,7 +119,7 @@ def test_a_look_at_hits_loads_nothing() -> None:
         session.add(tip)
         session.commit()
         hits = Hits([Hit(tip, 0.5)])
-        engine.dispose()  # closes its in-memory database: a SELECT would fail
+        engine.dispose()  # this drops the in-memory database: a SELECT would fail
         assert repr(hits[0]) == "<Hit [0.500 | Tip]>"
         assert "Tip" in hits._repr_html_()
 
@@ -138,6 +140,71 @@ def test_html_tables_escape_values(subject: Any) -> None:
     html = subject._repr_html_()
     assert "&lt;script&gt;" in html
     assert set(re.findall(r"</?(\w+)", html)) <= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
+
+
+def cells(subject: Any) -> list[list[str]]:
+    """The cells of its table, by row."""
+    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in subject._repr_html_().split("<tr>")[1:]]
+
+
+PAYLOAD = {"user": "ana", "topic": "a city, and " * 20, "text": "lives in Porto", "address": {"zip": 1, "city": "Rome"}}
+AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def test_table_of_hits_shows_the_columns_of_a_fact_as_people_write_them() -> None:
+    fact = Fact(id="7", type="note", payload={"likes": "tea", "n": None}, created_at=AT, ephemeral=False)
+    payload = "{&quot;likes&quot;: &quot;tea&quot;, &quot;n&quot;: null}"
+    assert cells(Hits([Hit(fact, 0.25)])) == [["distance", "id", "type", "payload"], ["0.250", "7", "note", payload]]
+    [_, row] = cells(Hits([Hit(Fact(id="7", type="note", payload=PAYLOAD), 0.25)]))
+    assert row[-1].endswith("…") and len(unescape(row[-1])) == 120
+    tip = Tip(id=1, text="green tea")
+    assert cells(Hits([Hit(tip, 0.25)])) == [["distance", "fact", "id", "text"], ["0.250", "Tip", "1", "green tea"]]
+
+
+def test_change_of_a_json_object_shows_the_members_that_differ() -> None:
+    """The time of a `Fact`'s change is shown once."""
+    later = {**PAYLOAD, "text": "lives in Rome", "address": {"zip": 1, "city": "Porto"}, "new": True}
+    del later["user"]
+    one = replace(
+        change({"payload": PAYLOAD, "updated_at": AT}, {"payload": later, "updated_at": AT + timedelta(days=1)}),
+        entity="memstate_fact",
+    )
+    assert repr(one) == (
+        "<Change [update memstate_fact 7 | payload.user='ana' → (absent), "
+        "payload.text='lives in Porto' → 'lives in Rome', payload.address.city='Rome' → 'Porto', "
+        "payload.new=(absent) → True]>"
+    )
+    [_, row] = cells(Changes([one]))
+    assert row[:4] == ["2026-01-02 03:04:05", "tx", "memstate_fact 7", "update"]
+    assert row[4] == (
+        "payload.user: ana → (absent), payload.text: lives in Porto → lives in Rome, "
+        "payload.address.city: Rome → Porto, payload.new: (absent) → true"
+    )
+
+
+def test_table_of_a_revocation_is_a_table_of_changes() -> None:
+    one = change(None, {"at": AT, "text": "green tea"}, actor="run-4", reverts="first")
+    revocation = Revocation([one], [one])
+    assert "<caption>Revocation [1 reverted | 1 kept, 0 in conflict]</caption>" in revocation._repr_html_()
+    [head, *rows] = cells(revocation)
+    assert head[1:] == cells(Changes())[0] and [row[0] for row in rows] == ["reverted", "kept"]
+    assert rows[0][5] == "at: 2026-01-02T03:04:05Z, text: green tea" and rows[0][6] == "run-4"
+
+
+def test_value_that_json_cannot_express_is_shown_by_its_repr() -> None:
+    assert "\\ud800" in Changes([change(None, {"text": "\ud800"})])._repr_html_()
+
+
+def test_slices_keep_their_class_and_reasons() -> None:
+    hits = Hits([Hit("a", 0.1), Hit("b", 0.2)], [Incomplete.FILLING])
+    assert isinstance(hits[:1], Hits) and hits[:1].reasons == [Incomplete.FILLING] and not hits[:1].complete
+    assert hits[0] == Hit("a", 0.1) and list(hits[1:]) == [Hit("b", 0.2)]
+    assert isinstance(Changes([UPDATE])[-1:], Changes) and Changes([UPDATE])[-1] is UPDATE
+
+
+def test_table_of_changes_counts_them() -> None:
+    assert "<caption>1 change<" in Changes([UPDATE])._repr_html_()
+    assert "<caption>0 changes<" in Changes()._repr_html_()
 
 
 def test_html_tables_cut_long_texts_and_many_rows() -> None:

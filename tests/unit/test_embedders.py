@@ -139,7 +139,7 @@ def retry_after_s(header: str | None) -> float | None:
 
 
 def test_retry_after_is_passed_on() -> None:
-    """The seconds from now, from either form of the header. An unreadable header counts as absent."""
+    """The header's delay or date becomes seconds from now. An unreadable header counts as absent."""
     now = datetime.now(UTC)
     assert retry_after_s("7") == 7
     assert retry_after_s(format_datetime(now + timedelta(seconds=600), usegmt=True)) == pytest.approx(600, abs=60)
@@ -203,7 +203,7 @@ def test_question_is_near_the_fact_that_answers_it(wordllama: WordLlamaEmbedder)
 
 
 def test_vectors_are_wordllamas_own(wordllama: WordLlamaEmbedder, quiet_logging: None) -> None:
-    """Reading its files directly gives the vectors of its own embed()."""
+    """The vectors are those of wordllama's own embed(), although we read its files directly."""
     package = importlib.import_module("wordllama")
     texts = ["User prefers vegetarian food", "", "naïve café 🙂", "a\0b", "x " * 300]
     folder = Path(package.__file__ or "").parent
@@ -314,7 +314,7 @@ class Nameless(chroma_types.EmbeddingFunction):  # type: ignore[misc,name-define
 
 
 def test_chromas_functions_embed() -> None:
-    """Texts are embedded by calling it, queries by its embed_query."""
+    """Texts are embedded by a call of the function, and queries by its embed_query."""
     embedder = ChromaEmbedder(Lengths())
     assert checked(embedder, ["ab", "abc"]).tolist() == [[2, 1, 0], [3, 1, 0]]
     assert embed_query(embedder, "abcd").tolist() == [4, 0, 1]
@@ -324,7 +324,7 @@ def test_chromas_functions_embed() -> None:
 
 
 def test_the_dimension_is_found_by_one_call() -> None:
-    """The call comes at the first use, once, not at construction."""
+    """The model is called at the first use of the dimension, once, and not at construction."""
     function = Lengths()
     embedder = ChromaEmbedder(function)
     assert function.calls == []
@@ -334,7 +334,7 @@ def test_the_dimension_is_found_by_one_call() -> None:
 
 
 def test_the_fingerprint_tells_models_apart() -> None:
-    """It depends on name and configuration. It is stable, readable, and can be set."""
+    """The fingerprint depends on name and configuration. It is stable and readable, and can be set."""
     small, large = ChromaEmbedder(Lengths("small")).fingerprint, ChromaEmbedder(Lengths("large")).fingerprint
     assert small.startswith("chroma:lengths:small:")
     assert large.startswith("chroma:lengths:large:")
@@ -343,14 +343,14 @@ def test_the_fingerprint_tells_models_apart() -> None:
 
 
 def test_a_nameless_function_is_known_by_its_class() -> None:
-    """There is no DeprecationWarning, which reading its name would cause."""
+    """The function's name is not read, because that would cause a DeprecationWarning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ChromaEmbedder(Nameless()).fingerprint == f"chroma:{__name__}.Nameless"
 
 
 def test_a_failing_function_is_an_embedder_that_fails() -> None:
-    """This includes the call for its dimension."""
+    """The call for the dimension fails in the same way."""
 
     class Down(Lengths):
         def __call__(self, input: Any) -> Any:
@@ -364,7 +364,7 @@ def test_a_failing_function_is_an_embedder_that_fails() -> None:
 
 
 def test_hash_embedder_is_deterministic() -> None:
-    """Its vectors are always the same, with length 1. Similar spelling is near, and blank text is zero."""
+    """Vectors are always the same, with length 1. Similar spelling is near, and blank text has a zero vector."""
     embedder = HashEmbedder()
     vectors = checked(embedder, ["I like green tea", "I like green teas", "quarterly invoice", " ", "\ud800"])
     assert np.linalg.norm(vectors, axis=1).tolist() == pytest.approx([1, 1, 1, 0, 1])

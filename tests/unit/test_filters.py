@@ -69,7 +69,7 @@ def well_formed(where: dict[str, Any]) -> bool:
 @settings(max_examples=60)
 @given(filters, st.dictionaries(keys, scalars))
 def test_the_canonical_form_means_the_same(where: Filter, metadata: dict[str, Any]) -> None:
-    """This holds for any filter and any metadata."""
+    """A filter and its canonical form match the same metadata."""
     form = canonical(where)
     assert (form is not None and matches(form, metadata)) == meaning(where, metadata)
 
@@ -77,7 +77,7 @@ def test_the_canonical_form_means_the_same(where: Filter, metadata: dict[str, An
 @settings(max_examples=60)
 @given(filters)
 def test_the_canonical_form_is_well_formed(where: Filter) -> None:
-    """One key per mapping, two parts or more in a list, no None, no empty $in. It is its own canonical form."""
+    """One key per mapping, two parts or more in a list, no None, no empty $in. The form is its own canonical form."""
     form = canonical(where)
     if form:
         assert well_formed(form)

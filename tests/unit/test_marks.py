@@ -31,7 +31,7 @@ def test_index_of_this_past_fits(pages: int, more: int, most: int) -> None:
 
 @given(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2))
 def test_index_of_another_past_does_not_fit(pages: int, others: int, ours: int) -> None:
-    """Two databases were one before. They may have equally many pages since."""
+    """Two databases have a common history. Since then, they may have begun equally many pages."""
     common = after(pages)
     one, other = after(1 + others, past=common), after(1 + ours, past=common)
     assert not one.fits(str(other.mark), alone=True)
@@ -55,7 +55,7 @@ def test_mark_that_is_being_compared_fits() -> None:
 
 
 def test_bookmark_sees_a_restore() -> None:
-    """Other relays begin pages, and compare the index again. This is not a restore."""
+    """When other relays begin pages, and compare the index again, that is not a restore."""
     before = after(2)
     bookmark = Bookmark()
     assert bookmark.sees(None)

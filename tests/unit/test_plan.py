@@ -72,7 +72,7 @@ def test_a_second_delivery_writes_nothing(
 
 @given(st.integers(1, 60), st.floats(0, 1))
 def test_backoff_grows_to_its_bound(attempt: int, jitter: float) -> None:
-    """It is never longer than the bound, and never shorter than half of its nominal time."""
+    """A delay is never longer than the bound, and never shorter than half of its nominal time."""
     policy = RetryPolicy(delay_s=1, max_delay_s=60)
     full = min(2.0 ** (attempt - 1), 60)
     assert full / 2 <= policy.delay(attempt, lambda: jitter) <= full

@@ -30,7 +30,7 @@ def test_printable_keeps_line_ends_where_asked() -> None:
 
 @pytest.mark.parametrize("kind", [MemstateError, ConflictError, DeliveryRejected])
 def test_error_messages_hold_no_control_characters(kind: type[MemstateError]) -> None:
-    """A traceback prints messages to a terminal unchanged. The same kind: every error of ours."""
+    """A traceback prints messages to a terminal unchanged. All errors of ours are like these three."""
     assert str(kind(f"note[{CONTROLS}]")) == f"note[{printable(CONTROLS)}]"
 
 
@@ -49,7 +49,7 @@ def records() -> Iterator[list[str]]:
 
 
 def test_log_records_hold_no_control_characters(records: list[str]) -> None:
-    """Neither the text or error in a record nor its traceback has them."""
+    """The text, the error and the traceback of a record have no control characters."""
     logger = logging.getLogger("memstate_sa.relay")
     logger.warning("%s refused %d: %s", CONTROLS, 3, ValueError(CONTROLS))
     try:

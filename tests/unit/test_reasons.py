@@ -52,7 +52,7 @@ def reason_of(error: Exception, *sent: str) -> str:
     ],
 )
 def test_status_and_words_of_an_answer_are_told(answer: Any, words: str) -> None:
-    """The same kind: answers of OpenAI, Cohere, Ollama, TEI, FastAPI, other clients, a gateway's HTML page."""
+    """The cases: answers of OpenAI, Cohere, Ollama, TEI, FastAPI and other clients, and a gateway's HTML page."""
     assert reason_of(HTTPError(Response(400, answer))) == f"failed: HTTPError: 400 Bad Request{words}"
     assert reason_of(HTTPError(Response(400, None, b"<html>Bad</html>"))) == "failed: HTTPError: 400 Bad Request"
     assert reason_of(HTTPError(Response(400, None, b"busy\nnow"))) == "failed: HTTPError: 400 Bad Request: busy"
@@ -65,7 +65,7 @@ def test_status_without_a_name_is_told() -> None:
 
 
 def test_words_stay_in_the_chain_where_the_sent_text_is_unknown() -> None:
-    """An index is such a case, because its client may quote metadata."""
+    """An index's client may quote metadata, which we cannot remove from its words."""
     error = HTTPError(Response(400, {"error": TEXT}))
     assert str(delivery_error(error, "failed", unknown=DeliveryRejected)) == "failed: HTTPError: 400 Bad Request"
 
@@ -115,7 +115,7 @@ def test_words_are_short() -> None:
 
 @given(st.text(min_size=12, max_size=60).filter(lambda text: len(text.split()) == 1), st.text(max_size=30))
 def test_no_long_piece_of_a_text_is_told(text: str, around: str) -> None:
-    """This holds for text of any characters."""
+    """No piece is shown, with any characters in the text."""
     words = f"{around} {text} {around}"
     message = reason_of(ValueError(words), text)
     assert text not in message or text in around

@@ -28,7 +28,7 @@ DELETE FROM a
 
 
 def test_block_keeps_lines_and_comments() -> None:
-    """The block's own comments stay, and comments for readers go."""
+    """The block's own comments stay, and comments for readers are removed."""
     block = Templates(SOURCE).block("block", statement="DELETE FROM a")
     assert block == "BEGIN\n  -- A comment of the function.\n  DELETE FROM a;\n\n  RETURN NULL;\nEND"
 

@@ -20,7 +20,7 @@ def new_key() -> str:
 
 
 def digest(key: str) -> str:
-    """Keys are long and random: nothing is gained by a slow hash."""
+    """The hash of an API key. A slow hash would not help, because keys are long and random."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 

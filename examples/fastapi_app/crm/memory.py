@@ -9,7 +9,7 @@ from crm.models import Contact, Note, NoteTag
 from memstate_sa import Memory, sqlite
 from memstate_sa.indexes import ChromaIndex
 
-# A folder is for one process; several workers, or a relay elsewhere, share a server: CRM_CHROMA=http://host:8000
+# Only one process can use a folder. Several workers, or a separate relay, need a server: CRM_CHROMA=http://host:8000
 CHROMA = os.environ.get("CRM_CHROMA", "chroma")
 _host, _, _port = CHROMA.removeprefix("http://").partition(":")
 client = chromadb.HttpClient(_host, int(_port)) if "://" in CHROMA else chromadb.PersistentClient(CHROMA)
@@ -21,6 +21,6 @@ memory.track(
     text=lambda contact: ", ".join(filter(None, (contact.name, contact.company, contact.about))),
     metadata=("account_id",),
 )
-memory.track(NoteTag, text=None)  # has no meaning of its own, but an undone note has its tags again
+memory.track(NoteTag, text=None)  # tags have no vectors, but undo restores them with their note
 memory.attach(Sessions)
-sqlite.configure(engine)  # leaves PostgreSQL as it is
+sqlite.configure(engine)  # this does nothing on PostgreSQL

@@ -18,7 +18,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    # Values that the database makes are read at once: an AsyncSession cannot load them when they are looked at.
+    # Read the values that the database makes at once, because an AsyncSession cannot load them later by itself.
     __mapper_args__ = {"eager_defaults": True}
 
 

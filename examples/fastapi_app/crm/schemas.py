@@ -39,7 +39,7 @@ class UserOut(FromRow):
 
 class NewUserOut(UserOut):
     key: str
-    """Shown once: the service keeps its digest alone."""
+    """The service shows the key only once, because it stores only a digest of the key."""
 
 
 class ContactIn(BaseModel):

@@ -1,4 +1,4 @@
-"""The service, over HTTP without a socket, on the database CRM_DATABASE_URL, or an SQLite of its own."""
+"""The service, called over HTTP without a socket. CRM_DATABASE_URL is its database (default: a temporary SQLite)."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ Join = Callable[..., Awaitable[AsyncClient]]
 
 @pytest.fixture(scope="session", autouse=True)
 def database() -> Iterator[Config]:
-    """Made by the whole history of migrations."""
+    """The configuration of Alembic, after all migrations have run."""
     config = Config(Path(__file__).parents[1] / "alembic.ini")
     command.upgrade(config, "head")
     yield config
@@ -39,7 +39,7 @@ async def running() -> AsyncIterator[None]:
 
 @pytest.fixture
 async def join(running: None) -> AsyncIterator[Join]:
-    """``await join()`` is the client of a user of a new account, ``await join(user)`` that of a colleague."""
+    """A function: ``await join()`` is a client of a new account's user, and ``await join(user)`` one of a colleague."""
     clients: list[AsyncClient] = []
 
     async def client(key: str | None = None) -> AsyncClient:

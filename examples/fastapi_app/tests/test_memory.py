@@ -90,7 +90,7 @@ async def test_contacts_are_found_by_their_account(join: Join, ada: AsyncClient)
     ],
 )
 async def test_no_question_finds_what_is_somebody_elses(join: Join, ada: AsyncClient, question: str) -> None:
-    """Not even the exact words of a colleague about the same contact find a note of the colleague."""
+    """Even a question with the exact words of a colleague's note does not find that note."""
     colleague = await join(ada)
     tomas = await contact(ada)
     for body in SUBJECTS:
@@ -128,7 +128,7 @@ async def test_users_at_the_same_time(join: Join) -> None:
 
 
 async def test_undo_brings_back_a_note_with_its_tags(join: Join, ada: AsyncClient) -> None:
-    """The last request of the caller, and none of anybody else; then the one before."""
+    """The first undo takes back the caller's last request, and the second the one before. Other users lose nothing."""
     colleague = await join(ada)
     tomas = await contact(ada)
     lisbon = await note(ada, tomas, "Flies to Lisbon", "travel", "soon")
@@ -144,7 +144,8 @@ async def test_undo_brings_back_a_note_with_its_tags(join: Join, ada: AsyncClien
     assert sorted((await sent(ada, "GET", f"/notes/{lisbon}"))["tags"]) == ["soon", "travel"]
     assert await found(ada, "a trip to Portugal") == ["Flies to Lisbon"]
     assert await found(colleague, "a trip to Portugal") == ["Prefers trains"]
-    answer = await ada.post("/undo", params={"steps": 2})  # the contact, too: the colleague's note is about it
+    # Undoing two requests would also undo the contact, but the colleague's note is about it.
+    answer = await ada.post("/undo", params={"steps": 2})
     assert (answer.status_code, answer.json()["detail"]["facts"]) == (409, [f"note {trains}"])
     await sent(colleague, "POST", "/undo")
     await sent(ada, "POST", "/undo", params={"steps": 2})
@@ -153,7 +154,7 @@ async def test_undo_brings_back_a_note_with_its_tags(join: Join, ada: AsyncClien
 
 
 async def test_undo_of_one_session(ada: AsyncClient) -> None:
-    """An agent works for its user, with an X-Session-ID of its own, while the user goes on working."""
+    """An agent works for a user, with its own X-Session-ID, while the user goes on working."""
     tomas = await contact(ada)
     await note(ada, tomas, "Plays the violin", headers={"X-Session-ID": "run 7"})
     await note(ada, tomas, "Flies to Lisbon")
@@ -165,7 +166,7 @@ async def test_undo_of_one_session(ada: AsyncClient) -> None:
 
 
 async def test_undo_does_not_overwrite_what_a_colleague_wrote(join: Join, ada: AsyncClient) -> None:
-    """The contact was deleted with the colleague's note, or was changed since. A session belongs to its user."""
+    """Undo is refused if a colleague has changed the contact since, or if the session belongs to a colleague."""
     colleague, stranger = await join(ada), await join()
     tomas = await contact(ada)
     await sent(ada, "PATCH", f"/contacts/{tomas}", json={"about": "bakes bread"})
@@ -184,7 +185,7 @@ async def test_undo_does_not_overwrite_what_a_colleague_wrote(join: Join, ada: A
 
 
 async def test_undo_does_not_tell_what_a_colleague_wrote(join: Join, ada: AsyncClient) -> None:
-    """A note that went with its contact is still its owner's alone, whoever brings it back."""
+    """If undo restores a contact with its notes, each note stays visible only to its owner."""
     colleague = await join(ada)
     tomas = await contact(ada)
     theirs = await note(colleague, tomas, "Asked for a discount", "private", headers={"X-Session-ID": "haggling"})
@@ -206,7 +207,7 @@ async def test_undo_does_not_tell_what_a_colleague_wrote(join: Join, ada: AsyncC
 
 
 async def test_undo_does_not_take_the_place_of_another_note(join: Join, ada: AsyncClient) -> None:
-    """SQLite gives the id of a deleted note to the next one, where the table does not say AUTOINCREMENT."""
+    """Without AUTOINCREMENT, SQLite gives the id of a deleted note to the next one."""
     colleague = await join(ada)
     tomas = await contact(ada)
     deleted = await note(ada, tomas, "Flies to Lisbon")
@@ -218,7 +219,7 @@ async def test_undo_does_not_take_the_place_of_another_note(join: Join, ada: Asy
 
 
 async def test_the_history_of_a_note_is_its_owners(join: Join, ada: AsyncClient) -> None:
-    """Also where SQLite has given the id of a deleted note to another user's."""
+    """This holds even if SQLite has given the id of a deleted note to another user's note."""
     colleague = await join(ada)
     tomas = await contact(ada)
     mine = await note(ada, tomas, "Flies to Lisbon")
@@ -264,7 +265,7 @@ async def test_who_wrote_is_in_the_log(ada: AsyncClient) -> None:
 
 
 async def test_what_is_rolled_back_is_gone(ada: AsyncClient) -> None:
-    """On SQLite, too, a SAVEPOINT that comes first in a transaction ends with it."""
+    """A SAVEPOINT that begins a transaction is rolled back with it, on SQLite too."""
     tomas = await contact(ada)
     me = (await sent(ada, "GET", "/users/me"))["id"]
     async with Sessions() as session:

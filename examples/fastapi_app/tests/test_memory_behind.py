@@ -1,4 +1,4 @@
-"""Searches while no relay runs: the index is old, and no answer is old."""
+"""Searches while no relay runs: the index is outdated, but no answer is."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ from crm.models import Note
 
 @pytest.fixture
 async def running() -> AsyncIterator[None]:
-    """In place of the service's lifespan, which starts a relay."""
+    """Run the service without its lifespan, which would start a relay."""
     yield
     await engine.dispose()
 

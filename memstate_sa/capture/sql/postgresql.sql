@@ -30,9 +30,9 @@ END
 
 --- The body of a function.
 ---
---- One statement may touch a row several times, by cascades of foreign keys or by other triggers. Its image before the
---- statement is its first old row, unless the statement inserted it before that. Its image now is read from the table.
---- A change is logged if the last entry of the log differs.
+--- One statement may touch a row several times, by cascades of foreign keys or by other triggers. The first old row of
+--- a key has the image before the statement, unless the statement inserted the row before that. The current image is
+--- read from the table. A change is logged if it differs from the last entry of the log.
 ---
 --- A fact that an undo logs itself is looked up by a scalar subquery. For an EXISTS, PostgreSQL would build a hash of
 --- all facts of the undo, once for each of its statements.
@@ -79,9 +79,10 @@ END
 
 --- There are two cases in which the new rows of the statement are logged, and the table is not read:
 --- 1. A policy applies to the function's owner (FORCE ROW LEVEL SECURITY), and may hide rows of the table.
---- 2. In SERIALIZABLE, each read can make unrelated transactions fail, as an index is locked by the page. So neither the
----    table is read, nor the log for a new row.
---- An exception to case 2: a trigger of the application ran another statement within this one, and told us.
+--- 2. In SERIALIZABLE, each read can make unrelated transactions fail, because PostgreSQL locks parts of an index. So
+---    the table is not read, and the log is not read for a new row.
+--- An exception to case 2: a trigger of the application ran another statement within this one. The setting
+--- memstate.nested shows that.
 
 -- name: shown_or_read
   IF row_security_active(TG_RELID) OR (NOT nested AND current_setting('transaction_isolation') = 'serializable'
@@ -120,7 +121,7 @@ SELECT key, min(n) AS n FROM ({numbered_rows}) AS x WHERE ours GROUP BY key
 -- name: last_new
 SELECT DISTINCT ON (key) key, image FROM ({numbered_rows}) AS x WHERE ours ORDER BY key, n DESC
 
---- It reads row by row, because a cached plan must not read the whole table.
+--- This SELECT reads row by row, because a cached plan must not read the whole table.
 
 -- name: current_rows
 SELECT {key} AS key, {image} AS image

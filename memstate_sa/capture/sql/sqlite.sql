@@ -10,7 +10,7 @@ CREATE TRIGGER {name} {moment} ON {table} FOR EACH ROW {condition}BEGIN
 {body}
 END
 
---- The row before its change, if the log has no entry of it.
+--- Log the row before its change, if the log has no entry of it.
 
 -- name: baseline
 INSERT INTO memstate_log (tx, at, version, step, entity, key, op, image)
@@ -18,7 +18,7 @@ SELECT {tx}, {now}, {version}, 0, {entity}, {key}, 'baseline', {image} {source} 
   AND NOT EXISTS (SELECT 1 FROM memstate_log WHERE entity = {entity} AND key = {key})
   AND {is_ours};
 
---- The change of a key, if its last entry differs. An extra outbox row does no harm.
+--- Log the change of a key, if its last entry differs. An extra outbox row does no harm.
 
 -- name: settle
 INSERT INTO memstate_log (tx, at, version, step, entity, key, op, image)

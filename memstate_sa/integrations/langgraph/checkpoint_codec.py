@@ -66,7 +66,7 @@ class EncodedCheckpoint:
 
 
 def decoded(serde: SerializerProtocol, stored: StoredCheckpoint, *, positioned: bool) -> CheckpointTuple:
-    """The checkpoint for LangGraph. If *positioned*, its metadata has the moment of the log."""
+    """The checkpoint for LangGraph. If *positioned*, its metadata names the log's last transaction."""
     checkpoint = serde.loads_typed(stored.payload)
     values = {channel: serde.loads_typed(value) for channel, value in stored.blobs.items()}
     checkpoint["channel_values"] = {**checkpoint["channel_values"], **values}

@@ -61,7 +61,7 @@ def delete_runs(connection: Connection, run_ids: Collection[str]) -> None:
 
 
 def _needed_ids(outlines: Outlines) -> set[str]:
-    """The latest checkpoint of a graph, and the ancestors that rebuild its DeltaChannels."""
+    """The ids of a graph's latest checkpoint, and of the ancestors that rebuild its DeltaChannels."""
     latest = outlines[max(outlines)]
     needed_ids = {latest.id}
     # The metadata counts the writes to each DeltaChannel that is not stored in full.
@@ -75,7 +75,7 @@ def _needed_ids(outlines: Outlines) -> set[str]:
 
 
 def _has_ended(ns: str, outlines: Outlines, root: Outlines, kept_ids: set[str]) -> bool:
-    """Whether the subgraph *ns* is one call, with a task's id in *ns*, that began at a deleted checkpoint."""
+    """Whether the subgraph *ns* is one call (a task's id is in *ns*), and the call began at a deleted checkpoint."""
     began_at = (outlines[max(outlines)].metadata.get("parents") or {}).get("")
     return ":" in ns and began_at in root and began_at not in kept_ids
 

@@ -112,7 +112,7 @@ def _with_contents(checkpoints: Select[Any]) -> CompoundSelect[Any]:
 
 _of_graph = select(*_columns).where(in_graph(checkpoint))
 _exact = _with_contents(_of_graph.where(checkpoint.c.id == id_param))
-# A literal 1, not a parameter: for an unknown limit, PostgreSQL would make a new plan each time.
+# The limit is a literal 1, because PostgreSQL would make a new plan for each parameter.
 _latest = _with_contents(_of_graph.order_by(checkpoint.c.id.desc()).limit(literal_column("1")))
 
 
@@ -230,7 +230,7 @@ def ancestry(connection: Connection, key: CheckpointKey) -> Iterable[CheckpointL
         rows = connection.execute(_links, checkpoint_params(key._replace(id=next_id))).all()
         links = [CheckpointLink(row.id, row.parent_id, json.loads(row.channels)) for row in rows]
         yield from links
-        # A statement stops at a root, at a deleted parent, or at the limit. Only in the last case continue.
+        # A statement stops at a root, at a deleted parent, or at the limit. Continue only if it stopped at the limit.
         next_id = links[-1].parent_id if len(links) > CHAIN_LIMIT else None
 
 

@@ -40,7 +40,7 @@ class TaskWrite(NamedTuple):
 
 
 class NewCheckpoint(NamedTuple):
-    """A checkpoint for storing. *position* True means the present moment of the log."""
+    """A checkpoint that will be stored. If *position* is True, it gets the present moment of the log."""
 
     key: CheckpointKey
     parent_id: str | None

@@ -52,7 +52,7 @@ T = TypeVar("T")
 AS_OF = "memstate_as_of"
 """The name, in a config, of the moment for which a run reads facts."""
 _RUNTIME = "__pregel_runtime"
-"""The name, in a config, of an object that identifies a run: all its saves have the same one."""
+"""The name, in a config, of an object that identifies a run. All saves of the run have the same object."""
 _PAGE = 50
 _THREADS = {"read": 8, "save": 16, "begin": 32, "step": 32, "settle": 16}
 """The number of threads for asyncio's calls, by kind of call."""
@@ -67,7 +67,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         self.engine = engine
         self._autocommit = self._read_committed = engine
         if not database_of(engine).has_one_writer:
-            # Around one statement, BEGIN and COMMIT take most of the time. On SQLite, autocommit would be slower.
+            # BEGIN and COMMIT take longer than the one statement between them. On SQLite, autocommit would be slower.
             self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
             # At a higher isolation level of the application, a late writer would fail instead of seeing new commits.
             self._read_committed = engine.execution_options(isolation_level="READ COMMITTED")
@@ -95,8 +95,8 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
     ) -> RunnableConfig:
         """Save a checkpoint. Its parent is the checkpoint in *config*.
 
-        It waits until the tasks of the previous superstep have committed their writes. Raises StaleRun if another run
-        has taken over the thread.
+        This call waits until the tasks of the previous superstep have committed their writes. Raises StaleRun if
+        another run has taken over the thread.
         """
         conf = config["configurable"]
         key = CheckpointKey(*graph_of(config), checkpoint["id"])
@@ -182,7 +182,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
 
     @contextmanager
     def _writing(self, config: RunnableConfig, step_connection: Connection | None = None) -> Iterator[Connection]:
-        """A new transaction, or the step's. On PostgreSQL, a new one is one statement, if no lease must be renewed."""
+        """*step_connection*, or a new connection. On PostgreSQL, a new one is in autocommit, unless runs use leases."""
         engine = self._read_committed if thread_leases.is_leased(config) else self._autocommit
         with engine.begin() if step_connection is None else nullcontext(step_connection) as connection:
             thread_leases.renew_configured(connection, config)
@@ -198,7 +198,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
             stored = checkpoint_queries.get_checkpoint(connection, thread_id, ns, checkpoint_id_of(config))
         if stored is None:
             return None
-        # Report it here, because it may be pruned before a task that runs at it begins a step.
+        # Report the checkpoint now, because it may be pruned before a task at this checkpoint begins a step.
         self._steps.checkpoint_saved(stored.key)
         return decoded(self.serde, stored, positioned=self.memory is not None)
 
@@ -212,7 +212,8 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
     ) -> Iterator[CheckpointTuple]:
         """The checkpoints of the thread, graph and id in *config*, newest first. They are read in pages.
 
-        Without *config*, the checkpoints of all threads. Raises InvalidThread for a *config* without a thread.
+        Without *config*, these are the checkpoints of all threads. Raises InvalidThread for a *config* without a
+        thread.
 
         *filter* is a condition on metadata. Values are compared as JSON. None matches null and a missing name.
         """
@@ -310,7 +311,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         return f"{number + 1:08}.{random.getrandbits(48):012x}"
 
     # -- asyncio: the same methods, in threads ---------------------------------------------------------------------
-    # Not in asyncio's default threads: sync nodes run there, and wait for the saves.
+    # They do not use asyncio's default threads, because sync nodes run there, and wait for the saves.
 
     async def _in_thread(self, kind: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         call = partial(copy_context().run, function, *args, **kwargs)

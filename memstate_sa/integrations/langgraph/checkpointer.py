@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from sqlalchemy.engine import URL, Connection, Engine
@@ -174,9 +175,9 @@ class MemStateCheckpointer(CheckpointSaver):
         task = execution.task
         with self._steps.step(task, self._is_saved, execution) as (session, is_first):
             if is_first and self.memory is not None:
-                node, thread_id = config.get("metadata", {}).get("langgraph_node"), task.checkpoint.thread_id
-                self.memory.annotate(session, session_id=thread_id, reason=node and f"node {node}")
-                self.memory._transaction(session).thread_id = thread_id  # noqa: SLF001
+                node = config.get("metadata", {}).get("langgraph_node")
+                session.label = partial(_label, self.memory, session, task.checkpoint.thread_id, node)
+                session.label()
             with use_session(self.memory, self.engine, session, refusal=_UNKNOWN_MEMORY):
                 yield session
 
@@ -188,7 +189,7 @@ class MemStateCheckpointer(CheckpointSaver):
 
         def begin() -> NodeTransaction:
             transaction = self._steps.begin(task, self._is_saved, execution)
-            if cancelled.is_set():  # the node was cancelled before there was a transaction
+            if cancelled.is_set():  # the node was cancelled before its transaction began
                 self._steps.give_up(task)
             return transaction
 
@@ -208,7 +209,7 @@ class MemStateCheckpointer(CheckpointSaver):
         node = asyncio.current_task()
         assert node is not None
         node.add_done_callback(when_done)
-        # Separate kinds of threads: all "begin" threads may be waiting for saves, and the saves for a "step" thread.
+        # Use separate threads, because all "begin" threads may be waiting for saves, and the saves for a "step" thread.
         transaction = self._steps.find(task)
         if transaction is None or not transaction.permit.done():
             async with execution.awaiting():
@@ -240,7 +241,7 @@ class MemStateCheckpointer(CheckpointSaver):
         with self._autocommit.connect() as connection:
             return checkpoint_queries.is_stored(connection, key)
 
-    # -- the past --------------------------------------------------------------------------------------------------
+    # -- earlier facts ---------------------------------------------------------------------------------------------
 
     def position(self, checkpoint: Any) -> Moment:
         """The moment of the log at which a checkpoint was saved. `Memory` accepts it as ``to=``, ``as_of=`` …
@@ -297,6 +298,11 @@ class MemStateCheckpointer(CheckpointSaver):
         finally:
             with self._read_committed.begin() as connection:
                 thread_leases.release(connection, thread_id, owner)
+
+
+def _label(memory: Memory, session: Session, thread_id: str, node: str | None) -> None:
+    memory.annotate(session, session_id=thread_id, reason=node and f"node {node}")
+    memory._transaction(session).thread_id = thread_id  # noqa: SLF001
 
 
 def _require_config(checkpoint: Any) -> None:

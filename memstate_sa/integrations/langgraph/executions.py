@@ -27,7 +27,7 @@ from memstate_sa.integrations.langgraph.step_coordinator import StepCoordinator
 from memstate_sa.integrations.langgraph.thread_ids import thread_id_of
 
 _CALL = "__pregel_call"
-"""The function with which a node calls a ``@task``. It refers to the node's task and graph."""
+"""The name, in a config, of the function that calls a ``@task`` in a node. It refers to the node's task and graph."""
 
 
 class Execution(StepLifetime):
@@ -54,7 +54,7 @@ class Execution(StepLifetime):
         super().__init__(graph)
         self.loop = keywords.get("loop")
         info = getattr(conf.get("__pregel_runtime"), "execution_info", None)
-        # A new task has a new scratchpad.
+        # All attempts of a task have the same scratchpad. A new task has a new one.
         run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
         self.task = Task(checkpoint, str(conf["__pregel_task_id"]), run, number, str(conf.get("checkpoint_ns", "")))
         self._future: Callable[[], Any] | None = None
@@ -69,7 +69,7 @@ class Execution(StepLifetime):
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Lend a thread to this graph and those around it while this thread waits. Other nodes may need it to end."""
+        """Lend a thread to this graph, and to the graphs around it, while this one waits. Other nodes may need it."""
         with ExitStack() as stack:
             for execution in self._chain():
                 if isinstance(executor := execution.executor, ThreadPoolExecutor):
@@ -80,12 +80,12 @@ class Execution(StepLifetime):
 
     @asynccontextmanager
     async def awaiting(self) -> AsyncIterator[None]:
-        """Do as `waiting` does, in a coroutine."""
+        """Do the same as `waiting`, in a coroutine."""
         limits = [execution.limit for execution in self._chain() if execution.limit is not None]
         for limit in limits:
             limit.release()
         yield
-        for limit in limits:  # skipped after an error, because the coroutine ends
+        for limit in limits:  # an error skips this, because the coroutine ends
             await limit.acquire()
 
     def _chain(self) -> Iterator[Execution]:
@@ -130,12 +130,12 @@ class Execution(StepLifetime):
         return None if self._future is None else self._future()
 
     def _ends_unseen(self, steps: StepCoordinator, task: Task, future: Any) -> None:
-        """Keep *future* for a task whose step began before it had one. LangGraph drops it before the graph ends."""
+        """Keep the *future* of a task whose step began before the task had a future. LangGraph drops it too early."""
         self._future = lambda: future
         _future_ends(steps, task, self.task.checkpoint.ns, future)
 
     def _graph_ends(self, steps: StepCoordinator, task: Task, _: Any, error: BaseException | None, __: Any) -> None:
-        """Give up the step if LangGraph will not save its task, or hand it over to the parent's task."""
+        """Hand the step over to the parent's task, or give it up if LangGraph will not save its task."""
         if error is None or self._is_saved() or steps.find(task) is None:
             return
         future = self._known_future()

@@ -59,7 +59,7 @@ class FairSemaphore:
         """Wait until *permit* is granted. Raises MemstateError if no permit is released for *timeout_s* seconds."""
         while not permit.done():
             releases = self._releases
-            # A wrapper, because a cancelled waiter would cancel the permit for all other waiters.
+            # Wait for a wrapper. Otherwise a cancelled waiter would cancel the permit for all other waiters.
             granted = asyncio.wrap_future(permit)
             granted.add_done_callback(lambda granted: granted.cancelled() or granted.exception())  # `check` raises it
             await asyncio.wait([granted], timeout=timeout_s)

@@ -38,7 +38,7 @@ class Gathering:
         key = (loop, batch_key)
         if key not in self._waiting:
             self._waiting[key] = []
-            loop.call_soon(self._send, loop, batch, key)  # runs after all coroutines that are ready now
+            loop.call_soon(self._send, loop, batch, key)  # `_send` runs after all coroutines that are ready now
         self._waiting[key].append(_StoreCall(ops, outcome))
         return await outcome
 

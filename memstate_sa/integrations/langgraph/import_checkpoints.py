@@ -43,7 +43,7 @@ def import_checkpoints(
     run imports only new ones. If the saver used another serializer than the default, pass it as *serde* to read the
     values.
 
-    *progress* is told the number of checkpoints. True shows a progress bar.
+    *progress* is called with the number of copied checkpoints. True shows a progress bar.
 
     Raises MemstateError if *source* has no such tables, or if a value cannot be read without *serde*.
     """
@@ -201,7 +201,7 @@ class _SaverTables:
         checkpoint: dict[str, Any],
         values: dict[str, SerializedValue],
     ) -> None:
-        """Add the pending sends. Before version 4, they are only in the writes at the parent."""
+        """Add the pending sends. Checkpoints before version 4 have them only in the writes at the parent."""
         sends = [write for write in sorted(self._read_writes(connection, parent)) if write.channel == TASKS]
         if sends and TASKS not in values and TASKS not in checkpoint["channel_values"]:
             versions = checkpoint["channel_versions"]

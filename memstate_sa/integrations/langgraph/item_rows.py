@@ -37,7 +37,7 @@ from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import StoredJson, UTCDateTime, metadata
 from memstate_sa.fact import OwnBase
 
-_END = "\x00"  # `item_validation` refuses labels with this character
+_END = "\x00"  # `item_validation` refuses this character in a namespace
 _has_end = text("expires_at IS NOT NULL")
 
 
@@ -103,21 +103,21 @@ def scope_of(namespace: Iterable[str]) -> str:
 
     Raises UnicodeEncodeError for lone surrogates.
     """
-    return "".join(label + _END for label in namespace).encode().hex()
+    return "".join(part + _END for part in namespace).encode().hex()
 
 
 def namespace_of(scope: str) -> tuple[str, ...]:
     return tuple(bytes.fromhex(scope).decode().split(_END)[:-1])
 
 
-def _past(scope: str) -> str:
-    """The first scope after *scope* and all scopes below it."""
+def _end_of(scope: str) -> str:
+    """The end of the range of *scope* and all scopes below it: the first scope that is greater."""
     return scope[:-2] + "01"
 
 
 def below(scope: str, row: Any = ItemRow) -> ColumnElement[bool]:
     """Whether a row is in the namespace *scope* or below it."""
-    return and_(row.scope >= scope, row.scope < _past(scope)) if scope else true()
+    return and_(row.scope >= scope, row.scope < _end_of(scope)) if scope else true()
 
 
 def row_id(item: str, n: int) -> str:
@@ -126,7 +126,7 @@ def row_id(item: str, n: int) -> str:
 
 def item_id(namespace: Iterable[str], key: str) -> str:
     """A hash of namespace and key. Its length is fixed, because all our tables and the index store it."""
-    # No label is empty, so the first double _END marks the end of the namespace, even if the key has others.
+    # No part is empty, so the first double _END is the end of the namespace, even if the key has others.
     whole = _END.join(namespace) + _END + _END + key
     return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
@@ -143,7 +143,7 @@ def alive(now: Any, row: Any = ItemRow) -> ColumnElement[bool]:
 
 _ids = unnest_strings("ids")
 with_ids = ItemRow.id.in_(select(_ids.c.value))
-"""The rows 0 of the items in the parameter ``ids``. `as_array` makes its value."""
+"""Whether a row is row 0 of an item in the parameter ``ids``, a value of `as_array`."""
 
 heads: Select[Any] = select(
     ItemRow.id,
@@ -169,14 +169,14 @@ _PAGE = 100
 
 
 def scopes(session: Session, root: str, now: datetime | None = None, depth: int | None = None) -> Iterator[str]:
-    """The scopes of items below *root*, in the order of their namespaces, cut to *depth* labels.
+    """The scopes that have items, in *root* and below it, sorted. Each scope is cut to *depth* parts, and occurs once.
 
-    With *now*, only scopes of items that are alive then. The database finds each next scope by one index lookup, even
-    if many items share a scope.
+    With *now*, items that have expired do not count. The database finds each scope by one index lookup, even if many
+    items share it.
     """
     criteria = [ItemRow.n == 0, *([] if now is None else [alive(now)])]
     if root:
-        criteria.append(ItemRow.scope < _past(root))
+        criteria.append(ItemRow.scope < _end_of(root))
     after = root
     while True:
         first = select(func.min(ItemRow.scope).label("scope")).where(*criteria, ItemRow.scope >= after)
@@ -187,13 +187,13 @@ def scopes(session: Session, root: str, now: datetime | None = None, depth: int 
         for scope in page:
             if scope < after:
                 continue
-            labels = namespace_of(scope)
-            if depth is None or len(labels) < depth:
+            parts = namespace_of(scope)
+            if depth is None or len(parts) < depth:
                 after = scope + "00"
                 yield scope
             else:
-                cut = scope_of(labels[:depth])
-                after = _past(cut)
+                cut = scope_of(parts[:depth])
+                after = _end_of(cut)
                 yield cut
         if len(page) < _PAGE:
             return
@@ -215,7 +215,7 @@ def expired(connection: Connection, now: datetime, limit: int) -> Sequence[str]:
     over = select(ItemRow.id).where(ItemRow.n == 0, ItemRow.expires_at <= now, not_(alive(now)))
     over = over.order_by(ItemRow.expires_at).limit(limit).with_for_update(of=ItemRow, skip_locked=True)
     ids = connection.scalars(over).all()
-    # A reader may have kept an item after the statement began, before it locked the row.
+    # A reader may have kept an item after the statement began, and before the statement locked the row.
     kept_since = living(connection, ids, now) if ids else set()
     return [id_ for id_ in ids if id_ not in kept_since]
 
@@ -251,7 +251,7 @@ def keep(connection: Connection, items: Collection[KeptItem]) -> None:
 
 
 def keep_without_waiting(connection: Connection, items: Collection[KeptItem]) -> None:
-    """Do the same as `keep` in a transaction that has written. It must not wait, since a deleter may wait for it."""
+    """Do the same as `keep`, in a transaction that has written. Do not wait: a deleter may wait for the caller."""
     if items:
         params = {"ids": as_array({item.id for item in items})}
         locked_ids = set(connection.scalars(_lockable_ids, params))

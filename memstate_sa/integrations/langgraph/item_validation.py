@@ -37,7 +37,7 @@ class ItemPut:
         if op.value is None:
             return
         if not op.namespace:
-            raise InvalidNamespaceError("Namespace cannot be empty.")
+            raise InvalidNamespaceError("Invalid namespace: it is empty. Use a tuple with at least one string.")
         if not is_text(op.key):
             raise InvalidItem("Invalid key: it must be a string without NUL or lone surrogates.")
         self.key = str.__str__(op.key)
@@ -110,13 +110,13 @@ def plain(value: Any, argument: str, depth: int = 0) -> Any:
     *argument* is the name in the message.
     """
     if depth > _DEPTH:
-        raise InvalidItem(f"Invalid {argument}: it is nested more than {_DEPTH} levels deep.")
+        raise InvalidItem(f"Invalid {argument}: it has more than {_DEPTH} nested levels. Use fewer.")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         if not is_text(value):
             raise InvalidItem(
-                f"Invalid {argument}: it has a string with NUL or lone surrogates, which JSONB cannot hold."
+                f"Invalid {argument}: it has a string with NUL or lone surrogates. JSONB cannot hold them. Remove them."
             )
         return str.__str__(value)
     if isinstance(value, (int, float)):
@@ -125,40 +125,43 @@ def plain(value: Any, argument: str, depth: int = 0) -> Any:
         except OverflowError:
             finite = False
         if not finite:
-            raise InvalidItem(f"Invalid {argument}: it has a number that is not finite, or too large.")
+            raise InvalidItem(f"Invalid {argument}: it has a number that is not finite, or too large. Use a string.")
         return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
-            raise InvalidItem(f"Invalid {argument}: it has a dict with a key that is not a string.")
+            raise InvalidItem(f"Invalid {argument}: it has a dict with a key that is not a string. Use strings.")
         return {plain(name, argument): plain(inner, argument, depth + 1) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(inner, argument, depth + 1) for inner in value]
-    raise InvalidItem(f"Invalid {argument}: a value of type {type(value).__name__} is not JSON.")
+    raise InvalidItem(
+        f"Invalid {argument}: a value of type {type(value).__name__} is not JSON. Use only dict, list, str, int, "
+        "float, bool and None."
+    )
 
 
 def item_id(namespace: tuple[str, ...], key: Any) -> str:
-    """The id of an item. A key that is not a string matches no item: None must not find the item "None"."""
-    _check_labels(namespace)
+    """The id of an item. A *key* that is not a string has the id of no item: None must not find the item "None"."""
+    _check_parts(namespace)
     return item_rows.item_id(namespace, str.__str__(key) if isinstance(key, str) else f"\x00{key!r}")
 
 
 def scope_of(namespace: tuple[str, ...]) -> str:
-    _check_labels(namespace)
+    _check_parts(namespace)
     try:
         scope = item_rows.scope_of(namespace)
     except UnicodeEncodeError as error:
-        raise InvalidNamespaceError("Namespace labels cannot contain lone surrogates.") from error
+        raise InvalidNamespaceError("Invalid namespace: a string in it has lone surrogates. Remove them.") from error
     if len(scope) > _MAX_SCOPE:
         raise InvalidNamespaceError(
-            f"Namespace is too long. Its labels in UTF-8, and one byte for each, must have at most {_MAX_SCOPE // 2} "
-            "bytes."
+            f"Invalid namespace: it is too long. Its strings in UTF-8, and one byte for each string, must have at most "
+            f"{_MAX_SCOPE // 2} bytes."
         )
     return scope
 
 
-def _check_labels(namespace: tuple[str, ...]) -> None:
-    # Not every version of LangGraph checks this. A NUL ends a label, so a label with NUL would be another namespace.
-    if not isinstance(namespace, (tuple, list)) or not all(isinstance(label, str) and label for label in namespace):
-        raise InvalidNamespaceError("Namespace must be a tuple of strings. None and empty strings are not labels.")
-    if any("\x00" in label for label in namespace):
-        raise InvalidNamespaceError("Namespace labels cannot contain NUL.")
+def _check_parts(namespace: tuple[str, ...]) -> None:
+    # Not every version of LangGraph checks this. NUL ends a part of the namespace, so it must not occur in a part.
+    if not isinstance(namespace, (tuple, list)) or not all(isinstance(part, str) and part for part in namespace):
+        raise InvalidNamespaceError("Invalid namespace: it must be a tuple of strings that are not empty.")
+    if any("\x00" in part for part in namespace):
+        raise InvalidNamespaceError("Invalid namespace: a string in it has a NUL. Remove it.")

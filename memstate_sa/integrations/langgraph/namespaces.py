@@ -1,4 +1,4 @@
-"""List the namespaces of a store by conditions on their labels."""
+"""List the namespaces of a store by conditions on their beginnings and ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memstate_sa.integrations.langgraph.item_validation import InvalidItem, scop
 
 
 def list_namespaces(session: Session, op: ListNamespacesOp, now: datetime | None) -> list[tuple[str, ...]]:
-    """The namespaces for *op* with items that are alive *now*. None includes expired items."""
+    """The namespaces for *op*, with items that are alive at the time *now*. None includes expired items."""
     if not wants_results(op):
         return []
     if op.max_depth is not None and op.max_depth < 1:
@@ -22,7 +22,7 @@ def list_namespaces(session: Session, op: ListNamespacesOp, now: datetime | None
         if condition.match_type not in ("prefix", "suffix"):
             raise InvalidItem(f"Invalid match_type={condition.match_type!r}: use 'prefix' or 'suffix'.")
     prefix = max(map(_plain_prefix, conditions), key=len, default=())
-    # If the range expresses all conditions, the database can cut namespaces at max_depth.
+    # If every condition is a beginning of `prefix`, the database can cut namespaces at max_depth.
     is_range = all(_plain_prefix(other) == other.path == prefix[: len(other.path)] for other in conditions)
     depth = op.max_depth if is_range and op.max_depth is not None and len(prefix) <= op.max_depth else None
     namespaces: dict[tuple[str, ...], None] = {}
@@ -36,7 +36,7 @@ def list_namespaces(session: Session, op: ListNamespacesOp, now: datetime | None
 
 
 def _plain_prefix(condition: MatchCondition) -> tuple[str, ...]:
-    """The labels with which every matching namespace begins."""
+    """The beginning of every matching namespace."""
     if condition.match_type != "prefix":
         return ()
     path = tuple(condition.path)
@@ -48,4 +48,4 @@ def _fits(namespace: tuple[str, ...], condition: MatchCondition) -> bool:
     if len(path) > len(namespace):
         return False
     part = namespace[: len(path)] if condition.match_type == "prefix" else namespace[len(namespace) - len(path) :]
-    return all(pattern in ("*", label) for label, pattern in zip(part, path, strict=True))
+    return all(pattern in ("*", name) for name, pattern in zip(part, path, strict=True))

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 
 
 class Task(NamedTuple):
-    """One attempt at a task that runs at a checkpoint: the *number*-th attempt of a *run*, which is an object.
+    """One attempt of LangGraph to run a task at a checkpoint.
 
-    *path* names the task and all tasks around it, like LangGraph's ``checkpoint_ns``.
+    *run* is an object that all attempts share, and *number* counts them. *path* names the task and all tasks around it,
+    like LangGraph's ``checkpoint_ns``.
     """
 
     checkpoint: CheckpointKey
@@ -84,6 +85,11 @@ class StepLifetime:
 class StepSession(Session):
     """The Session of a step. Code of the node cannot commit it: the changes would stay when the node fails."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.label: Callable[[], None] = lambda: None
+        """Labels the next transaction of this Session."""
+
     def begin(self, nested: bool = False) -> SessionTransaction:
         if not nested:
             raise _commit_error()
@@ -91,6 +97,10 @@ class StepSession(Session):
 
     def commit(self) -> None:
         raise _commit_error()
+
+    def rollback(self) -> None:
+        super().rollback()
+        self.label()  # the labels of the log end with a transaction
 
 
 def _commit_error() -> MemstateError:
@@ -103,14 +113,16 @@ def _commit_error() -> MemstateError:
 class NodeTransaction:
     """The open transaction of a task. First it waits for a permit. All ``with step():`` blocks of the task share it."""
 
-    def __init__(self, task: Task, session: Session, semaphore: FairSemaphore, changed: threading.Condition) -> None:
+    def __init__(
+        self, task: Task, session: StepSession, semaphore: FairSemaphore, changed: threading.Condition
+    ) -> None:
         self.task, self.session = task, session
         self.settling_task = task  # the task whose save commits this transaction
         self.semaphore, self.permit = semaphore, semaphore.request()
-        self.lock = threading.RLock()  # tools of one node run in threads, and one at a time uses the Session
+        self.lock = threading.RLock()  # the node's threads take turns with the Session
         self.block_count = 0
         self.is_abandoned = False
-        self.left_graph: str | None = None  # the graph that the task left; it must end before this commits
+        self.left_graph: str | None = None  # the graph that the task left, and that must end before the commit
         self.finalizer: Any = None
         self._changed = changed
         self._postponed_saves: list[Callable[[], None]] | None = []
@@ -152,23 +164,23 @@ class NodeTransaction:
         self._postponed_saves.append(save)
 
     @contextmanager
-    def block(self) -> Iterator[Session]:
+    def block(self) -> Iterator[StepSession]:
         """The Session for one block of the task. If the block fails, its changes are rolled back."""
         try:
             with self._locked_block() as session:
                 yield session
         finally:
-            if self.is_abandoned:  # perhaps since the check in `_locked_block`, while it still had the lock
+            if self.is_abandoned:  # another thread may do this after the check in `_locked_block`
                 self.abandon()
 
     @contextmanager
-    def _locked_block(self) -> Iterator[Session]:
+    def _locked_block(self) -> Iterator[StepSession]:
         with self.lock:
             self.block_count += 1
             try:
                 if self.block_count == 1:
                     yield self.session
-                else:  # a savepoint, so that earlier changes stay if this block fails
+                else:  # the savepoint keeps earlier changes if this block fails
                     with self.session.begin_nested():
                         yield self.session
                 self.session.flush()  # raise errors of the changes here, in the task
@@ -183,10 +195,11 @@ class NodeTransaction:
                 self.close()
                 raise MemstateError(
                     "The changes of this step are rolled back: this task has ended, or it was given up and runs again."
+                    " End this thread."
                 )
 
     def abandon(self) -> None:
-        """Roll back now, or when the thread inside a block leaves it."""
+        """Roll back now. If a thread is inside a block, it rolls back when it leaves the block."""
         self.is_abandoned = True
         if self.lock.acquire(blocking=False):
             try:

@@ -54,7 +54,7 @@ class StateSerializer(JsonPlusSerializer):
             self._graphs.add(graph)
 
     def with_msgpack_allowlist(self, extra_allowlist: Iterable[Name | type]) -> JsonPlusSerializer:
-        """Allow further classes in this serializer. It returns itself, so the checkpointer keeps its serializer."""
+        """Allow further classes, and return this serializer itself, so that the checkpointer keeps it."""
         for name_or_class in extra_allowlist:
             if isinstance(name_or_class, type):
                 self._known[_name(name_or_class)] = name_or_class
@@ -65,7 +65,7 @@ class StateSerializer(JsonPlusSerializer):
     def loads_typed(self, data: tuple[str, bytes]) -> Any:
         if data[0] != "msgpack":
             return super().loads_typed(data)
-        errors: list[Exception] = []  # ormsgpack would replace them by its own
+        errors: list[Exception] = []  # ormsgpack would replace these errors by its own
         try:
             return ormsgpack.unpackb(data[1], ext_hook=partial(self._unpacked, errors), option=_OPTIONS)
         except ValueError:
@@ -76,7 +76,7 @@ class StateSerializer(JsonPlusSerializer):
     def _unpacked(self, errors: list[Exception], code: int, data: bytes) -> Any:
         if code == jsonplus.EXT_NUMPY_ARRAY:
             return self._unpack_ext_hook(code, data)
-        # Outside the try: a nested call has already added its error.
+        # This call is outside the try, because a nested `_unpacked` has already added its error.
         content = ormsgpack.unpackb(data, ext_hook=partial(self._unpacked, errors), option=_OPTIONS)
         if code == jsonplus.EXT_DELTA_SNAPSHOT:
             return _DeltaSnapshot(content)

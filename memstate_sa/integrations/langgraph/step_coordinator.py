@@ -18,11 +18,11 @@ from memstate_sa.db import sqlite
 from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey
 from memstate_sa.integrations.langgraph.fair_semaphore import FairSemaphore
-from memstate_sa.integrations.langgraph.node_transactions import NodeTransaction, StepLifetime, Task
+from memstate_sa.integrations.langgraph.node_transactions import NodeTransaction, StepLifetime, StepSession, Task
 from memstate_sa.runtime import forks
 
 _REMEMBERED = 4096
-"""The number of saved checkpoints to remember, which saves queries."""
+"""The number of saved checkpoints to remember, so that fewer queries are needed."""
 _ANY_RUN = object()
 
 
@@ -37,7 +37,7 @@ class StepCoordinator:
     the graph by a Command, it would wait for the save. So the save is postponed until the step has ended.
     """
 
-    def __init__(self, sessions: Callable[[], Session], timeout_s: float, room: int = 1) -> None:
+    def __init__(self, sessions: Callable[[], StepSession], timeout_s: float, room: int = 1) -> None:
         self._sessions, self._timeout_s, self._room = sessions, timeout_s, room
         self._reset()
         forks.in_child(self, StepCoordinator._forked)
@@ -49,15 +49,15 @@ class StepCoordinator:
         self._reset()
 
     def _reset(self) -> None:
-        self._semaphores: dict[int, FairSemaphore] = {}  # by depth
+        self._semaphores: dict[int, FairSemaphore] = {}  # the keys are the depths of tasks
         self._changed = threading.Condition()
-        self._open: dict[tuple[str, str], NodeTransaction] = {}  # by thread and task
+        self._open: dict[tuple[str, str], NodeTransaction] = {}  # the keys are thread and task
         self._committing: list[NodeTransaction] = []
         self._saved: OrderedDict[CheckpointKey, None] = OrderedDict()
         self._writer = threading.Lock()
-        self._saving: Counter[str] = Counter()  # running saves, by thread
-        self._postponed: Counter[tuple[str, str]] = Counter()  # postponed saves of checkpoints, by thread and graph
-        self._broken: dict[tuple[str, str], BaseException] = {}  # errors for waiting threads, by thread and graph
+        self._saving: Counter[str] = Counter()  # counts the running saves of a thread
+        self._postponed: Counter[tuple[str, str]] = Counter()  # counts the postponed checkpoints of a graph
+        self._broken: dict[tuple[str, str], BaseException] = {}  # the error for threads that wait for a graph
         # The same errors, with the failed run. No checkpoint of that run may be saved, even after another run begins.
         self._lost: OrderedDict[tuple[str, str], tuple[BaseException, object]] = OrderedDict()
 
@@ -104,7 +104,7 @@ class StepCoordinator:
             )
 
     def wait_for_tasks(self, thread_id: str, ns: str, checkpoint_id: str | None, run: object) -> None:
-        """Wait until all tasks that ran at a checkpoint have committed their writes. Raise if some are lost."""
+        """Wait until the tasks that ran at a checkpoint have committed their writes. Raise an error for lost ones."""
         if not (self._open or self._committing or self._lost):
             return
 
@@ -138,7 +138,7 @@ class StepCoordinator:
 
     @contextmanager
     def saving(self, thread_id: str) -> Iterator[None]:
-        """Mark a save of the thread as running. A step that could block the save waits for its end before it writes."""
+        """Count a running save of the thread. A step that could block the save waits for its end before it writes."""
         with self._changed:
             self._saving[thread_id] += 1
         try:
@@ -233,10 +233,10 @@ class StepCoordinator:
     @contextmanager
     def step(
         self, task: Task, is_saved: Callable[[CheckpointKey], bool], lifetime: StepLifetime
-    ) -> Iterator[tuple[Session, bool]]:
+    ) -> Iterator[tuple[StepSession, bool]]:
         """The Session of *task*, and whether this is the first block that uses it.
 
-        The step ends at the latest with *lifetime*, because a cancelled run, or one with a timeout, does not report it.
+        The step ends at the latest with *lifetime*, because LangGraph does not report the end of a cancelled run.
         """
         transaction = self.begin(task, is_saved, lifetime)
         if not transaction.permit.done():
@@ -288,7 +288,7 @@ class StepCoordinator:
         return self._semaphores.setdefault(depth, FairSemaphore(max(1, self._room >> (depth + 1)), self._changed))
 
     def _wait_for_saves(self, thread_id: str) -> None:
-        """Wait for earlier saves before the step writes. Otherwise they would wait for it, and it perhaps for them."""
+        """Wait for earlier saves before the step writes. Otherwise each could wait for the other."""
         with self._changed:
             problem = "A save of this thread that began before the step has not ended"
             self._wait(lambda: not self._saving[thread_id], lambda: None, problem)
@@ -309,7 +309,7 @@ class StepCoordinator:
         transaction.abandon_from_anywhere()
 
     def drop(self, task: Task, *, other_attempts: bool = False) -> None:
-        """Roll back the step of this attempt at a task, or of *other_attempts*, because the task runs again."""
+        """Roll back the step of this attempt at a task, or else of *other_attempts* at it. The task runs again."""
         with self._changed:
             transaction = self._open.get(task.key)
             if transaction is None or transaction.task.is_attempt(task) == other_attempts:
@@ -373,7 +373,7 @@ class StepCoordinator:
 
     @property
     def is_any_open(self) -> bool:
-        """Whether any step is open. Cheap."""
+        """Whether any step is open. The check takes no lock."""
         return bool(self._open)
 
     def is_open(self, thread_id: str, task_id: str) -> bool:
@@ -385,8 +385,8 @@ class StepCoordinator:
     def settle(self, key: CheckpointKey, task_id: str, run: object, *, commits: bool) -> Iterator[Connection | None]:
         """The connection of the task's step, for saving the task's writes. The step commits at the end.
 
-        None if there is no step. Without *commits*, the step is rolled back first. If an inner task left its graph by a
-        Command to this task, its step belongs to this task.
+        The result is None if there is no step. Without *commits*, the step is rolled back first. If an inner task left
+        its graph by a Command to this task, its step belongs to this task.
         """
         self.check_around(key.thread_id, key.ns)
         if not commits:
@@ -431,7 +431,8 @@ class StepCoordinator:
         with self._changed:
             keys = self._keys_settled_by(thread_id, task_id)
             transactions = [self._open[key] for key in keys]
-            self._committing += transactions  # before removing them from _open, which others read without the lock
+            # Add them before removing them from _open, which others read without the lock.
+            self._committing += transactions
             for key in keys:
                 del self._open[key]
             return transactions

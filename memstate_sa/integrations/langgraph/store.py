@@ -136,7 +136,7 @@ class MemStateStore(BaseStore):
         if self.memory._registry.find(inspect(ItemRow)) is None:  # noqa: SLF001
             self.memory.track(ItemRow, text="text", metadata=("scope",))
         in_memory = sqlite.is_in_memory(self.engine)
-        # Around one statement, BEGIN and ROLLBACK take most of the time. On SQLite, autocommit would be slower.
+        # BEGIN and ROLLBACK take longer than the one statement between them. On SQLite, autocommit would be slower.
         autocommit = database_of(self.engine).isolation("AUTOCOMMIT")
         self._readers = sessionmaker(self.engine.execution_options(**autocommit))
         self._facts = where if isinstance(where, MemoryStore) else None
@@ -171,7 +171,7 @@ class MemStateStore(BaseStore):
             validate_op_namespace(op)
         puts = {put.id: put for put in (ItemPut(op, self._fields) for op in ops if isinstance(op, PutOp))}
         if puts and self._moment is not None:
-            raise MemstateError("Cannot put into the past: a store of as_of() is read-only. Put into the store itself.")
+            raise MemstateError("Cannot put: a store of as_of() is read-only. Put into the store itself.")
         for _attempt in range(_ATTEMPTS):
             try:
                 return self._read_and_write(ops, puts) if puts else self._read_and_keep(ops)
@@ -264,7 +264,7 @@ class MemStateStore(BaseStore):
         return results, kept
 
     def _alive(self, now: datetime) -> list[ColumnElement[bool]]:
-        # The past shows the content of the table, including expired items.
+        # An earlier moment shows the content of the table, including expired items.
         return [item_rows.alive(now)] if self._moment is None else []
 
     def _search(self, session: Session, op: SearchOp, now: datetime) -> list[tuple[Row[Any], float | None]]:
@@ -334,7 +334,7 @@ class MemStateStore(BaseStore):
             rows_by_item.setdefault(row.item, []).append(row)
         over = {id_ for id_, (row, *_) in rows_by_item.items() if row.expires_at is not None and row.expires_at <= now}
         expired = over - item_rows.living(connection, over, now) if over else over
-        kept = {item for item in kept if item.id not in puts}  # a put sets their end
+        kept = {item for item in kept if item.id not in puts}  # a put sets the end itself
         changes: list[tuple[ItemRow, dict[str, Any]]] = []
         surplus: list[ItemRow] = []
         for id_, put in sorted(puts.items()):
@@ -367,7 +367,7 @@ class MemStateStore(BaseStore):
         for row in surplus:
             session.delete(row)
         session.flush()
-        item_rows.keep_without_waiting(connection, kept)  # all transactions do this last
+        item_rows.keep_without_waiting(connection, kept)  # every transaction does this last
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -413,10 +413,10 @@ class MemStateStore(BaseStore):
         return self._sweeper.stop(timeout)
 
     def as_of(self, moment: Moment | None) -> Self:
-        """A read-only store with the items of a past moment: at a time, or after a transaction.
+        """A read-only store with the items of a moment: a time, or the end of a transaction.
 
-        None means the present, so a node can always use ``store.as_of(checkpointer.as_of())``. The past includes items
-        that had expired and were not yet swept.
+        None means the present, so a node can always use ``store.as_of(checkpointer.as_of())``. The result includes
+        items that had expired and were not yet swept.
         """
         if moment is None:
             return self
@@ -437,7 +437,7 @@ class MemStateStore(BaseStore):
         item = item_id(namespace, key)
         with self._labelled() as session:
             self.memory.erase(session, ItemRow, item, reason)
-            with suppress(NotFound):  # raised after the last row that the item ever had
+            with suppress(NotFound):  # this is raised after the last row that the item ever had
                 for n in count(1):
                     self.memory.erase(session, ItemRow, item_rows.row_id(item, n), reason)
 

@@ -46,7 +46,7 @@ blob = Table(
     comment="the value of a channel, stored once for each version",
 )
 
-# No foreign key to the checkpoint: the writes of a task may be committed before their checkpoint.
+# There is no foreign key to the checkpoint, because the writes of a task may be committed before it.
 write = Table(
     "memstate_checkpoint_write",
     metadata,

@@ -34,7 +34,7 @@ def lock_threads(connection: Connection, thread_ids: Iterable[str]) -> None:
     advisory lock.
     """
     if database_of(connection).has_one_writer:
-        connection.execute(_delete_nothing)  # takes the write lock
+        connection.execute(_delete_nothing)  # this statement takes the write lock
         return
     params = {"threads": as_array(sorted(thread_ids))}
     connection.execute(_take_advisory_locks, params)

@@ -26,7 +26,7 @@ class TtlSweeper:
         """Call *sweep* every *interval_s* seconds, until the result is cancelled. A running thread continues."""
         is_running = self.is_running
         if not is_running:
-            # A new event, because a previous thread may still have to see that the old one is set.
+            # Use a new event, because a previous thread may not yet have seen that the old one is set.
             self.stop_event = threading.Event()
         stop_event = self.stop_event
         future: Future[None] = Future()

@@ -61,6 +61,24 @@ def test_migrations_make_the_tables_of_the_metadata(engine: Engine) -> None:
     assert set(created[0]) == set(memstate_sa.metadata.tables)
 
 
+def test_url_may_name_a_driver_for_asyncio(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = "sqlite+aiosqlite" if engine.dialect.name == "sqlite" else "postgresql+psycopg_async"
+    url = engine.url.set(drivername=driver).render_as_string(hide_password=False)
+    monkeypatch.setenv("MEMSTATE_URL", url)
+    __main__.main(["upgrade", "head"])
+    assert set(contents(engine, ours=True)) == set(memstate_sa.metadata.tables)
+
+
+def test_url_of_another_database_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEMSTATE_URL", "mysql://ada:s3cr3t@host/db")
+    with pytest.raises(SystemExit):
+        __main__.main(["upgrade", "head"])
+    shown = "".join(capsys.readouterr())
+    assert "memstate_sa does not support mysql" in shown and "s3cr3t" not in shown
+
+
 def test_downgrading_leaves_nothing(engine: Engine) -> None:
     """Neither a table nor a function is left. A second upgrade works."""
     before = routines(engine)

@@ -421,6 +421,16 @@ def test_verify_tells_drift_by_its_exit_code(app: Application) -> None:
     assert "Nothing has drifted" in app.run("verify")
 
 
+def test_verify_tells_that_an_index_lives_in_another_process(served: Application) -> None:
+    """The command has an empty index of its own. That is no drift."""
+    served.add("Likes tea")
+    output = served.run("verify", exit_code=1)
+    assert "Index 'memory' lives in one process, and is not filled in this one" in output
+    assert "drifted" not in output and "missing: note" not in output
+    served.run("drain")
+    assert "Nothing has drifted" in served.run("verify")
+
+
 @pytest.mark.parametrize("named", [lambda _: "Note", lambda app: f"{app.name}:Note"])
 def test_backfill_takes_in_what_was_there_before(bare: Application, named: Callable[[Application], str]) -> None:
     """A second run finds nothing new."""
@@ -466,8 +476,8 @@ def test_log_takes_a_composite_key_as_json(app: Application) -> None:
     output = app.run("log", "Pair", '[1, "a"]')
     assert "tea" in output
     assert "ale" not in output
-    assert "is not a key of Pair" in flat(app.run("log", "Pair", "1", exit_code=2))
-    assert "is not a key of Note" in flat(app.run("log", "Note", "x", exit_code=2))
+    assert "A key of Pair is" in flat(app.run("log", "Pair", "1", exit_code=2))
+    assert "A key of Note is" in flat(app.run("log", "Note", "x", exit_code=2))
 
 
 def test_rollback_undoes_the_last_transactions(app: Application) -> None:
@@ -478,6 +488,23 @@ def test_rollback_undoes_the_last_transactions(app: Application) -> None:
     assert "2 changes undone" in output
     assert "delete (undo)" in output
     assert app.texts() == ["one"]
+
+
+def test_rollback_tells_that_there_are_fewer_steps(app: Application) -> None:
+    app.add("one")
+    app.add("two")
+    assert "steps" not in app.run("rollback", "--steps", "2", "--dry-run")
+    for output in (app.run("rollback", "--steps", "50", "--dry-run"), app.run("rollback", "--steps", "50", "--yes")):
+        assert "2 of 50 steps: there are no more." in output
+    assert app.texts() == []
+
+
+@pytest.mark.parametrize("yes", [(), ("--yes",)])
+def test_undo_of_nothing_names_its_scope(app: Application, yes: tuple[str, ...]) -> None:
+    app.add("one", actor="ana")
+    assert "There is nothing to undo for actor 'anna'." in app.run("revoke", "--actor", "anna", *yes)
+    scope = ("--session-id", "[b]", "--model", "Note")
+    assert "There is nothing to undo for session id '[b]' and class 'Note'." in app.run("rollback", *scope, *yes)
 
 
 def test_rollback_can_be_tried_first(app: Application) -> None:
@@ -660,7 +687,7 @@ def test_revoke_undoes_a_run_and_reports_kept_facts(served: Application) -> None
     assert "1 change undone" in served.run("revoke", "--tx", tx, "--on-conflict", "force", "--yes")
     assert served.texts() == []
     refused = flat(served.run("revoke", "--yes", exit_code=2))
-    assert "--actor, --session-id or --tx: Give one of them" in refused
+    assert "--actor, --session-id or --tx: Give one of these options" in refused
 
 
 def test_exported_facts_import_into_another_database(served: Application, tmp_path: Path) -> None:

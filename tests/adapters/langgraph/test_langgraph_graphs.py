@@ -391,7 +391,7 @@ def test_class_that_is_not_allowed_is_not_built(engine: Engine) -> None:
     graph.invoke({"trail": []}, config())
     with pytest.raises(MemstateError, match=r"allow=\[Point\]"):
         graph.get_state(config())
-    with pytest.raises(TypeError, match="serializable"):
+    with pytest.raises(MemstateError, match="serializable"):
         saver.put_writes(config(checkpoint_ns="", checkpoint_id="1"), [("a", lambda: None)], "task")
 
 

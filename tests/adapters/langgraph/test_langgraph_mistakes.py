@@ -159,6 +159,19 @@ def test_step_keeps_its_thread_as_session_id(facts: MemoryStore, saver: MemState
     assert notes(facts) == []
 
 
+def test_labels_of_a_step_stay_after_a_rollback_of_its_session(facts: MemoryStore, saver: MemStateCheckpointer) -> None:
+    def work() -> None:
+        with saver.step() as session:
+            facts.commit(note("rolled back"))
+            session.rollback()
+            facts.commit(note("kept"))
+
+    run(saver, work)
+    assert [(change.session_id, change.reason) for change in facts.history()] == [("t", "node node")]
+    saver.delete_thread("t", facts=True)
+    assert notes(facts) == []
+
+
 def test_one_run_of_a_thread_is_taken_back_by_its_actor(facts: MemoryStore, saver: MemStateCheckpointer) -> None:
     """A step has one actor. `annotate` gives it to all changes of the step."""
 
@@ -234,4 +247,19 @@ def test_history_of_the_store_leaves_items_out(facts: MemoryStore) -> None:
     with facts.transaction() as session:
         assert [change.entity for change in facts.memory.history(session)] == ["memstate_item"]
     facts.rollback()
+    assert items.get(("a",), "b") is None
+
+
+async def test_items_of_a_coroutine_join_its_step(facts: MemoryStore, saver: MemStateCheckpointer) -> None:
+    """`aput` would not: it runs in another thread."""
+    items = MemStateStore(facts)
+    items.setup()
+
+    async def node(state: State) -> State:
+        await saver.astep(lambda session: items.put(("a",), "b", {"text": "x"}))
+        raise ValueError("after the step")
+
+    graph = StateGraph(State).add_node("node", node).add_edge(START, "node").compile(checkpointer=saver)
+    with pytest.raises(ValueError, match="after the step"):
+        await graph.ainvoke({"trail": []}, CONFIG)
     assert items.get(("a",), "b") is None

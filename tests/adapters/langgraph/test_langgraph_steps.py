@@ -195,7 +195,7 @@ def test_writes_that_cannot_be_saved_take_the_facts_along(agent: Agent) -> None:
         return {"trail": [fail_once]}
 
     graph = agent.graph(bad)
-    with pytest.raises(TypeError, match="serializable"):
+    with pytest.raises(MemstateError, match="serializable"):
         graph.invoke({"trail": []}, CONFIG)
     assert agent.tags() == [] and graph.get_state(CONFIG).next == ("bad",)
 

@@ -1,4 +1,4 @@
-"""Contacts: of an account, for all of its users."""
+"""Contacts: all users of an account share them."""
 
 from typing import Annotated, Any
 
@@ -59,7 +59,7 @@ async def change_contact(given: ContactChange, contact: OneContact, session: Dat
 
 @router.delete("/{contact_id}", status_code=status.HTTP_204_NO_CONTENT)
 async def delete_contact(contact: OneContact, session: DatabaseSession) -> None:
-    """With everybody's notes about it."""
+    """Delete the contact, with the notes of all users about it."""
     await session.refresh(contact, ["notes"])
     await session.delete(contact)
     await session.commit()

@@ -16,7 +16,7 @@ router = APIRouter(prefix="/notes", tags=["notes"])
 
 
 def get_mine(user: CurrentUser, contact_id: int | None = None, tag: str | None = None) -> Select[Any]:
-    """The notes that the caller may see; of one contact, or with one tag, where the query says so."""
+    """The notes that the caller may see. The query can restrict them to one contact or one tag."""
     notes = select(Note).where(Note.owner_id == user.id)
     if contact_id is not None:
         notes = notes.where(Note.contact_id == contact_id)
@@ -75,7 +75,7 @@ async def delete_note(note: OneNote, session: DatabaseSession) -> None:
 
 
 async def _tags(session: DatabaseSession, user: User, names: Iterable[str]) -> list[Tag]:
-    """The account's tags of these names; those it does not have yet are new."""
+    """The account's tags of these names. Tags that the account does not have yet are added."""
     names = list(dict.fromkeys(names))
     found = await session.scalars(select(Tag).where(Tag.account_id == user.account_id, Tag.name.in_(names)))
     known = {tag.name: tag for tag in found}

@@ -34,7 +34,7 @@ class ContactHit(FromRow):
 
 
 class Changed(FromRow):
-    """A change, without its values: an undone contact brings back the notes of all users about it."""
+    """A change without its values, because undo may also restore notes of other users about a contact."""
 
     entity: str
     key: Any
@@ -49,7 +49,7 @@ class NoteChange(Changed):
 
 
 class Conflict(BaseModel):
-    message: str = "changed by somebody else since, or in use"
+    message: str = "Cannot undo: another user has changed these facts since, or uses them."
     facts: list[str]
 
 
@@ -85,8 +85,8 @@ async def undo(
 async def read_history(note_id: int, session: DatabaseSession, user: CurrentUser) -> Any:
     """The changes of a note while it belonged to the caller. The note may be deleted.
 
-    We look at both ends of each change. SQLite gives the id of a deleted note to the next one, which may belong to
-    another user. And an owner may change.
+    We check the owner before and after each change. SQLite gives the id of a deleted note to the next one, which may
+    belong to another user. Also, the owner of a note may change.
     """
 
     def mine(image: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

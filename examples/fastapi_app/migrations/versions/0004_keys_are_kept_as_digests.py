@@ -32,7 +32,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """The keys cannot be had back from their digests: users need new ones."""
+    """Restore the column, but not the keys: a digest does not contain them, so users need new ones."""
     with op.batch_alter_table("user_account") as batch:
         batch.drop_constraint(batch.f("uq_user_account_key_digest"), type_="unique")
         batch.alter_column("key_digest", new_column_name="api_key", existing_type=sa.String(length=64))
