@@ -145,7 +145,7 @@ def edited(source: str, *, has_plugins: bool, has_branch: bool = False, has_opti
     """
     tree = _parsed(source)
     calls = _configure_calls(tree)
-    edits: list[tuple[int, str]] = []  # offsets, and the text to insert there
+    edits: list[tuple[int, str]] = []  # each edit is an offset, and the text to insert there
     text = _Text(source)
     imports = []
     if not (has_branch or names_tables(source)):

@@ -109,7 +109,7 @@ def relay(
             try:
                 Console().print(f"{counted(delivery.run_once(), 'key', 'keys')} converged.")
             finally:
-                delivery.stop()  # now, so that another relay need not wait for the lease
+                delivery.stop()  # this releases the lease, so another relay need not wait
             return
         processes.configure_logging(level=log_level, as_json=log_json, worker=worker)
         if workers > 1:
