@@ -83,7 +83,7 @@ def doctor(
     ] = False,
     as_json: JsonDocument = False,
 ) -> None:
-    """Compare the log with the tables, and look for the causes of a difference.
+    """Compare the log with the tables, and look for the causes of a difference. Open the indexes that have a server.
 
     The exit code is 1 if something is wrong.
 
@@ -109,7 +109,8 @@ def doctor(
             command = f"memstate-sa backfill {' '.join(_unlogged(diagnosis, memory))}"
             console.print(command, markup=False, highlight=False, soft_wrap=True)
         if diagnosis.healthy:
-            console.print("[green]The log agrees with the tables.[/]")
+            rows = "all other rows" if diagnosis.unlogged else "the tables"
+            console.print(f"[green]The log agrees with {rows}.[/]")
         elif is_right:
             console.print("[green]Reconciled.[/] The relay delivers these facts.")
         elif diagnosis.changed or diagnosis.gone:
