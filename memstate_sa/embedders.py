@@ -85,7 +85,7 @@ def _failure(embedder: Embedder, error: Exception, texts: Sequence[str]) -> Deli
 def _valid(embedder: Embedder, result: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
     try:
         with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity, which is refused below
-            array = np.array(result, dtype=np.float32)  # a copy, because the embedder may reuse its buffer
+            array = np.array(result, dtype=np.float32)  # make a copy, because the embedder may reuse its buffer
     except (TypeError, ValueError) as error:
         raise DeliveryRejected(f"Embedder {embedder.fingerprint!r} did not return an array of numbers.") from error
     if array.shape != shape:

@@ -176,7 +176,7 @@ class RelayOptions(TypedDict, total=False):
     """The number of keys that are delivered together. Default: 2000."""
 
     lease_s: float
-    """The time that other relays wait for a relay that died on another machine. Default: 30.
+    """The time that other relays wait for a relay that was killed. Default: 30.
 
     Choose more than the longest call of an index or embedder takes.
     """

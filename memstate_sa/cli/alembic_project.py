@@ -22,6 +22,7 @@ from memstate_sa.maintenance.doctor import folded
 
 _METADATA = "memstate_sa.metadata"
 _PLUGINS = 'autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"]'
+_LONGEST_LINE = 120
 _REGISTER = "memstate_sa.migrations.register()"
 _CLASSES = ("Memory", "MemoryStore", "AsyncMemoryStore")
 _REGISTERS = (_REGISTER, "migrations.register()")
@@ -58,7 +59,7 @@ class AlembicProject(NamedTuple):
 
     @property
     def knows_tables(self) -> bool:
-        return self.has_branch or _names_tables(_parsed(self.source))
+        return self.has_branch or names_tables(self.source)
 
     @property
     def knows_plugin(self) -> bool:
@@ -143,13 +144,11 @@ def edited(source: str, *, has_plugins: bool, has_branch: bool = False, has_opti
     an unusual form stays as it is.
     """
     tree = _parsed(source)
-    calls = [
-        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "context.configure"
-    ]
-    edits: list[tuple[int, str]] = []  # offsets, and the text to insert there
+    calls = _configure_calls(tree)
+    edits: list[tuple[int, str]] = []  # each edit is an offset, and the text to insert there
     text = _Text(source)
     imports = []
-    if not (has_branch or _names_tables(tree)):
+    if not (has_branch or names_tables(source)):
         for value in _metadata(tree, calls):
             edits += _listed(text, value, _METADATA)
         if edits and not any(
@@ -168,7 +167,28 @@ def edited(source: str, *, has_plugins: bool, has_branch: bool = False, has_opti
     new = source.encode()
     for at, inserted in sorted(edits, reverse=True):
         new = new[:at] + inserted.encode() + new[at:]
-    return new.decode() if _parsed(new.decode()).body else source
+    return _with_short_lines(new.decode()) if _parsed(new.decode()).body else source
+
+
+def _configure_calls(tree: ast.Module) -> list[ast.Call]:
+    return [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "context.configure"
+    ]
+
+
+def _with_short_lines(source: str) -> str:
+    """*source* with one argument a line in calls of `configure` that name our plugin in a long line."""
+    lines = source.splitlines(keepends=True)
+    for call in _configure_calls(_parsed(source)):
+        line = lines[call.lineno - 1]
+        if call.lineno != call.end_lineno or len(line) <= _LONGEST_LINE or not _names_plugin(_parsed(line.strip())):
+            continue
+        start, end = (len(line.encode()[:offset].decode()) for offset in (call.col_offset, call.end_col_offset or 0))
+        indent = line[: len(line) - len(line.lstrip())]
+        arguments = [ast.get_source_segment(source, part) for part in (*call.args, *call.keywords)]
+        broken = "".join(f"{indent}    {argument},\n" for argument in arguments)
+        lines[call.lineno - 1] = f"{line[:start]}context.configure(\n{broken}{indent}){line[end:]}"
+    return "".join(lines)
 
 
 class _Text:
@@ -198,7 +218,9 @@ def _parsed(source: str) -> ast.Module:
         return ast.Module([], [])
 
 
-def _names_tables(tree: ast.Module) -> bool:
+def names_tables(source: str) -> bool:
+    """Whether *source*, an env.py, names our tables."""
+    tree = _parsed(source)
     return _imports(tree, "memstate_sa", "metadata") or any(
         isinstance(node, ast.Attribute) and ast.unparse(node) == _METADATA for node in ast.walk(tree)
     )

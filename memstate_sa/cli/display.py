@@ -91,6 +91,8 @@ def _paragraph(change: Change) -> Iterator[str]:
     labels = (f"by {author}" if author else "", f"({change.reason})" if change.reason else "")
     if any(labels):
         yield cell(f"  {' '.join(filter(None, labels))}")
+    if change.before is None and change.after is None:
+        yield "  (the values were erased)"
     for name, text in value_texts(_readable(change), shown):
         yield cell(f"  {name}: {text}")
 

@@ -78,7 +78,7 @@ def doctor(
     ] = False,
     as_json: JsonDocument = False,
 ) -> None:
-    """Compare the log with the tables, and look for the causes of a difference.
+    """Compare the log with the tables, and look for the causes of a difference. Open the indexes that have a server.
 
     The exit code is 1 if something is wrong, and with --repair if something is still wrong.
 
@@ -106,7 +106,8 @@ def doctor(
             command = f"memstate-sa backfill {' '.join(_unlogged(diagnosis, memory))}"
             console.print(command, markup=False, highlight=False, soft_wrap=True)
         if diagnosis.healthy:
-            console.print("[green]The log agrees with the tables.[/]")
+            rows = "all other rows" if diagnosis.unlogged else "the tables"
+            console.print(f"[green]The log agrees with {rows}.[/]")
         elif left.changed or left.gone:
             advice = (
                 "Not all of these changes could be logged. Try again." if repair else "--repair logs these changes."

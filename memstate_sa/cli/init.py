@@ -58,7 +58,7 @@ def init(
     changes_no_table = dry_run or (project is not None and not create)
     if changes_no_table and url is not None and missing_file(url):
         url = _EMPTY  # opening the missing file would create it
-    default_url = _EMPTY if dry_run else None
+    default_url = _EMPTY if changes_no_table else None
     with open_memory(app, url, must_exist=False, must_have_tables=False, default_url=default_url) as (memory, engine):
         if project is not None and apply:
             _edit(project, dry_run=dry_run, yes=yes)
@@ -94,12 +94,17 @@ def _only_memory() -> str:
 
 def _edit(project: AlembicProject, *, dry_run: bool, yes: bool) -> None:
     from memstate_sa import migrations
+    from memstate_sa.cli.alembic_project import names_tables
 
     new = project.edited(has_plugins=migrations.has_plugins())
     if new == project.source:
         if not (project.knows_tables and (project.knows_plugin or project.options)):
             typer.echo(f"Cannot edit {project.env}: it has an unusual form. Edit it by hand, as the checklist says.")
         return
+    if not (project.has_branch or names_tables(new)):
+        typer.echo(
+            "Cannot edit target_metadata: its value names no metadata of yours. Edit it by hand, as the checklist says."
+        )
     old, name = project.source.splitlines(keepends=True), str(project.env)
     typer.echo("".join(unified_diff(old, new.splitlines(keepends=True), name, name)))
     if not dry_run and (yes or typer.confirm(f"Edit {project.env}?")):

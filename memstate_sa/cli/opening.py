@@ -164,7 +164,7 @@ def memory_in(value: Any) -> Memory | None:
 
 def tracked_classes(memory: Memory) -> Mapping[str, Tracked]:
     """The tracked classes by entity."""
-    return memory._registry.by_entity  # noqa: SLF001  # of the same package
+    return memory._registry.by_entity  # noqa: SLF001  # the registry belongs to this package
 
 
 def load_model(name: str, memory: Memory, app: str) -> Any:

@@ -110,7 +110,7 @@ def relay(
             try:
                 Console().print(f"{counted(delivery.run_once(), 'key', 'keys')} converged.")
             finally:
-                delivery.stop()  # now, so that another relay need not wait for the lease
+                delivery.stop()  # this releases the lease, so another relay need not wait
             if unfilled := [name for name, backlog in memory.status(engine).items() if backlog.refilling]:
                 Console().print(f"{escape(', '.join(unfilled))}: not filled yet. {FILLING}", soft_wrap=True)
             return

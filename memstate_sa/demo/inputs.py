@@ -97,7 +97,7 @@ def _looks_like_lines(text: str) -> bool:
     try:
         json.loads(first)
     except json.JSONDecodeError:
-        return '"op"' in first  # a damaged action, so the error should name its line
+        return '"op"' in first  # this is a damaged action, so the error should name its line
     return True
 
 
@@ -148,7 +148,7 @@ def _memory_bank(document: dict[str, Any]) -> list[Turn]:
     chats = [
         (day, name.strip(), chat) for name, user in users.items() for day, day_ in user.history.items() for chat in day_
     ]
-    chats.sort(key=lambda chat: chat[0])  # a stable sort, so the order of the file remains within a day
+    chats.sort(key=lambda chat: chat[0])  # this sort is stable, so the order of the file remains within a day
     actions: list[Action] = []
     for turn, (day, user, chat) in enumerate(chats, start=1):
         for role, text in (("user", chat.query), ("assistant", chat.response)):

@@ -36,7 +36,7 @@ class Flat:
         self._faiss = faiss
         self._dimension = dimension
         self._index = faiss.IndexFlatIP(dimension)
-        self._ids: list[str] = []  # the id of each row
+        self._ids: list[str] = []  # row n belongs to the id at n
         self._sorted: list[str] | None = None
 
     def find(self, ids: Iterable[str]) -> list[tuple[str, FlatPoint]]:

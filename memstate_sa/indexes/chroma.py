@@ -235,7 +235,7 @@ class ChromaIndex(Adapter):
         with self._copying:
             with self._using("copy") as collection:
                 copy = self._copied(collection)
-            with self._mutex, self._translated("replace"):  # other threads wait for the collection
+            with self._mutex, self._translated("replace"):  # other threads wait until the collection is replaced
                 self._client.delete_collection(self._name)
                 copy.modify(name=self._name)
                 self._collection = copy

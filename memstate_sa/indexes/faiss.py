@@ -65,7 +65,7 @@ class FaissIndex(Adapter):
         self._folder: LockedFolder | None = None
         self._state: dict[str, Any] = {}
         self._points: Flat | None = None
-        self._buried: dict[str, int] = {}  # epochs of deleted ids, kept after close() because late threads may write
+        self._buried: dict[str, int] = {}  # the epochs of deleted ids outlive close(), because late threads may write
 
     def _make_mutex(self) -> None:
         self._mutex = threading.RLock()

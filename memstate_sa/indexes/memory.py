@@ -43,7 +43,7 @@ class InMemoryIndex(Adapter):
         self._units: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
         self._ids: list[str] = []
         self._points: dict[str, _StoredPoint] = {}
-        self._epochs: dict[str, int] = {}  # epochs by id, including deleted ids
+        self._epochs: dict[str, int] = {}  # deleted ids have epochs, too
         self._sorted_ids: list[str] | None = None
         self._mark: str | None = None
         self._begin()

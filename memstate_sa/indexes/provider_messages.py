@@ -42,7 +42,7 @@ def _body(response: Any) -> str | None:
     """The message in an HTTP answer. None for a gateway's HTML page."""
     try:
         return _message(response.json(), 4)
-    except Exception:  # noqa: BLE001  # no answer, no JSON or an unread stream: each client raises another error
+    except Exception:  # noqa: BLE001  # without a JSON answer, each client raises another error
         content = getattr(response, "_content", None)
         text = content.decode("utf-8", "replace") if isinstance(content, bytes) else ""
         return text if text and not text.lstrip().startswith(("<", "{", "[")) else None

@@ -236,7 +236,7 @@ class QdrantIndex(Adapter):
                 return DeliveryRetryable(
                     f"Qdrant collection {self._name!r} was deleted. The next call creates it again."
                 )
-        retry_after_s = getattr(error, "retry_after_s", None)  # qdrant-client's ResourceExhaustedResponse has it
+        retry_after_s = getattr(error, "retry_after_s", None)  # ResourceExhaustedResponse has this attribute
         if retry_after_s is not None:
             return DeliveryRetryable(f"{message}: {type(error).__name__}", retry_after_s=retry_after_s, may_land=False)
         return super()._delivery_error(error, message, sent)
@@ -280,7 +280,7 @@ class QdrantIndex(Adapter):
             self._index_payload()
 
     def _index_payload(self) -> None:
-        if not self._local:  # local mode has no payload indexes, and warns
+        if not self._local:  # local mode has no payload indexes, and would warn
             kinds = self._models.PayloadSchemaType
             for field, kind in (("tags", kinds.KEYWORD), ("epoch", kinds.INTEGER), ("deleted_at", kinds.INTEGER)):
                 self._client.create_payload_index(self._name, f"{_OURS}.{field}", kind)

@@ -23,7 +23,7 @@ from sqlalchemy import (
     type_coerce,
 )
 from sqlalchemy.engine import Connection, Row
-from sqlalchemy.exc import DataError, ProgrammingError
+from sqlalchemy.exc import DataError, DBAPIError, ProgrammingError
 
 from memstate_sa.db.codec import Image, decode_image, decode_key, decoded
 from memstate_sa.db.dialects import database_of
@@ -160,6 +160,13 @@ def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
             return next(iter(rows), None) or columns.encode_key(connection.execute(select(*forms)).one())
     except (DataError, ProgrammingError, OverflowError, UnicodeError):
         return canonical  # no row can have this key
+    except DBAPIError as error:
+        if type(error) is not DBAPIError:
+            raise
+        raise MemstateError(  # asyncpg takes only values of the column's type, and SQLAlchemy has no type for its error
+            f"Cannot use key={key!r}: the driver refused it for {', '.join(columns.key_names)} of {tracked.entity}. "
+            "Give a value of the column's type."
+        ) from error
 
 
 def _change(row: Row[Any], registry: Registry, connection: Connection) -> Change:

@@ -149,6 +149,7 @@ class Doctor:
         diagnosis = Diagnosis(problems=[*self._problems(), *self._changed(inspector)])
         if not rows or not inspector.has_table(log.name):
             return diagnosis
+        diagnosis.problems += self._unavailable_indexes()
         hidden = self._hidden()
         for tracked in self._registry.by_entity.values():
             if _absent(inspector, tracked) or any(table.fullname in hidden for table in tracked.tables):
@@ -159,6 +160,20 @@ class Doctor:
                     self._reconcile(tracked, differing)
             diagnosis.problems += self._unique_values(tracked)
         return diagnosis
+
+    def _unavailable_indexes(self) -> Iterator[Problem]:
+        """Indexes with a server that cannot be opened, and embedders that are not installed.
+
+        The folder of an index is left alone, because another process may have it open.
+        """
+        for name, destination in self._destinations.items():
+            try:
+                if getattr(destination.index, "in_process", False):
+                    destination.vectors.embedder  # noqa: B018  # it is made here
+                else:
+                    destination.open()
+            except MemstateError as error:
+                yield Problem(f"index {name!r}", f"cannot be opened: {error}")
 
     def _shown(self, tracked: Tracked, keys: Collection[str]) -> Iterator[tuple[str, object]]:
         for key in keys:

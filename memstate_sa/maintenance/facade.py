@@ -139,7 +139,8 @@ class MaintenanceMethods(MemoryParts):
 
         *repair*: log the rows that other programs changed, as transactions with the reason "reconciled", and have them
         delivered.
-        *rows*: False compares no rows, and finds only causes.
+        *rows*: False compares no rows, opens no index, and finds only causes. With True, an index with a server is
+        opened too. A failure is a problem.
         *progress*: a function of the number of compared rows. True shows a progress bar.
         """
         sync = self._idle_engine(engine)

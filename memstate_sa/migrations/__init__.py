@@ -76,7 +76,7 @@ def setup(plugin: Any) -> None:
         _know_operations()
         # Run after Alembic's own comparators, because ours corrects their results.
         plugin.add_autogenerate_comparator(comparing.compare, _EVENT, priority=DispatchPriority.LAST)
-    except Exception as error:  # noqa: BLE001  # Alembic may be used here by a project that does not use memstate_sa
+    except Exception as error:  # noqa: BLE001  # the project may use Alembic without memstate_sa
         logger.warning("Could not load the Alembic plugin of memstate_sa: %s", type(error).__name__)
 
 

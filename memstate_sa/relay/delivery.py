@@ -452,13 +452,13 @@ class Delivery:
         for fact, parking in request.parking.items():
             if parking.state == ParkedState.AGAIN:
                 continue
-            logger.warning("%s: %s%s %s: %s", self.name, *fact, parking.state, parking.error)
+            logger.warning("index %s: %s%s %s: %s", self.name, *fact, parking.state, parking.error)
         with self._writing() as connection:
             return ledger.acknowledge(connection, self._index_key, self._owner, request)
 
     @_do.register
     def _do_redirty(self, request: Redirty) -> None:
-        logger.warning("%s: The lease was lost. %d keys are delivered again.", self.name, len(request.facts))
+        logger.warning("index %s: The lease was lost. %d keys are delivered again.", self.name, len(request.facts))
         with self._writing() as connection:
             ledger.redirty(connection, self._index_key, request.facts)
 

@@ -46,7 +46,7 @@ class IndexWorker:
         try:
             self.delivery.open()
         except DeliveryRetryable as error:  # the index may become available later
-            logger.warning("%s: %s", self.delivery.name, error)
+            logger.warning("index %s: %s", self.delivery.name, error)
 
     def deliver(self, *, save: bool = False) -> int | None:
         counters = self.delivery.slot_worker.counters
@@ -62,6 +62,8 @@ class IndexWorker:
                 self._failed(error)
                 raise
             self.breaker.succeeded()
+            if self.failure is not None:
+                logger.info("index %s: The delivery works again.", self.delivery.name)
             self.failure = None
             return count
 
@@ -74,7 +76,7 @@ class IndexWorker:
             reason = f"the database: {reason}"
         logger.log(
             logging.WARNING if is_known else logging.ERROR,
-            "%s: The delivery failed (%s). The next attempt is in %.1f s.",
+            "index %s: The delivery failed (%s). The next attempt is in %.1f s.",
             self.delivery.name,
             reason,
             wait,
@@ -106,7 +108,7 @@ class IndexWorker:
             if thread.call_at_end(self._release):
                 self._unjoined_thread = thread
                 logger.warning(
-                    "%s: The index or the embedder does not answer. The relay's thread ends when it does.",
+                    "index %s: The index or the embedder does not answer. The relay's thread ends when it does.",
                     self.delivery.name,
                 )
                 return
@@ -128,7 +130,7 @@ class IndexWorker:
             try:
                 self.delivery.release()
             except SQLAlchemyError as error:  # the database is unavailable: the lease ends by itself
-                logger.warning("%s: Could not release the lease (%s).", self.delivery.name, type(error).__name__)
+                logger.warning("index %s: Could not release the lease (%s).", self.delivery.name, type(error).__name__)
                 self.delivery.slot_worker.reset()
 
     def _run(self, clean_up: Callable[[], None], stopping: threading.Event) -> None:
@@ -173,7 +175,7 @@ class IndexWorker:
             with self._lock:
                 self.delivery.keep()
         except (MemstateError, SQLAlchemyError) as error:
-            logger.debug("%s: Could not renew the lease (%s).", self.delivery.name, type(error).__name__)
+            logger.debug("index %s: Could not renew the lease (%s).", self.delivery.name, type(error).__name__)
 
     def _wait_for_work(self, changes: Changes, wait: float, stopping: threading.Event) -> float:
         """Wait for a commit in any process, or until the database must be read anyway. Return the next wait."""

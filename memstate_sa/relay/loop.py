@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -44,6 +45,8 @@ STOP_TIMEOUT_S = 5.0
 """The time that a stopping relay waits for a running call. Docker, for example, kills a process after ten seconds."""
 
 _CLEAN_UP_EVERY_S = 60.0
+_TELL_AFTER_S = 2.0
+"""The time after which a drain that delivers nothing logs its reason, once. The command line shows it on stderr."""
 
 
 class Relay:
@@ -154,7 +157,7 @@ class Relay:
         require_no_transaction(self._engine)
         with self._engine.connect() as connection:
             present = read_present(connection)
-        total = 0
+        total, tell_at = 0, time.monotonic() + _TELL_AFTER_S
         while True:
             count, failure = self._deliver_once()
             total += count
@@ -162,6 +165,9 @@ class Relay:
                 progress(total)
             if failure is None and not self._has_more() and not self._behind(present):
                 return total
+            if failure is None and not count and time.monotonic() > tell_at:
+                logger.warning("Still waiting: %s.", self._why_behind(present))
+                tell_at = math.inf
             wait = 0.0 if count or self._has_more() else 0.02
             if failure is not None:
                 wait = min(worker.breaker.wait_s(time.monotonic()) for worker in self._workers if worker.failure)

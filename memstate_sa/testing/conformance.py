@@ -687,7 +687,7 @@ class IndexConformance:
             try:
                 while not stop.is_set():
                     noise()
-            except Exception as error:  # noqa: BLE001  # raised below, in the thread of the test
+            except Exception as error:  # noqa: BLE001  # the thread of the test raises it below
                 failures.append(error)
 
         thread = threading.Thread(target=repeat)

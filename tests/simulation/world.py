@@ -231,7 +231,7 @@ class Worker:
     leaving: bool = False
     began: float = 0.0
     idle_until: float = 0.0
-    settling: int = 0  # for so many more requests
+    settling: int = 0  # the number of next requests at which it may stop
     read: dict[FactKey, int] = field(default_factory=dict)  # the time of each reading, in steps of the database
     overtaken: set[FactKey] = field(default_factory=set)  # keys written after another had claimed the slot
 

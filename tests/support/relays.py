@@ -45,7 +45,8 @@ def say(world: World, **tags: str) -> None:
         session.commit()
 
 
-def eventually(condition: Callable[[], bool]) -> None:
+def eventually(condition: Callable[[], object]) -> None:
+    """Wait until *condition* is true: long enough for a busy machine."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

@@ -36,5 +36,5 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module("memstate_sa.api")  # so that `memstate_sa.metadata` is complete
+    import_module("memstate_sa.api")  # this completes `memstate_sa.metadata`
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -229,7 +229,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
     ) -> Iterator[Sequence[CheckpointTuple]]:
         thread_id, ns = (None, None) if config is None else graph_of(config)
         if "checkpoint_ns" not in configured(config):
-            ns = None  # all graphs of the thread
+            ns = None  # None means all graphs of the thread
         query = CheckpointQuery(thread_id, ns, checkpoint_id_of(config), checkpoint_id_of(before))
         remaining = limit
         while remaining is None or remaining > 0:

@@ -35,7 +35,7 @@ class FairSemaphore:
         """Give back a permit, or withdraw the request for it. A second call does nothing."""
         with self._lock:
             self._remove(permit)
-        permit.cancel()  # wakes its waiters
+        permit.cancel()  # this wakes its waiters
 
     def reject(self, permit: Permit, error: Exception) -> None:
         """Reject the request for *permit*: its waiters get *error*. A granted permit stays."""

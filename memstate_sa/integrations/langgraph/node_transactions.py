@@ -122,11 +122,11 @@ class NodeTransaction:
         self.lock = threading.RLock()  # the node's threads take turns with the Session
         self.block_count = 0
         self.is_abandoned = False
-        self.left_graph: str | None = None  # the graph that the task left, and that must end before the commit
+        self.left_graph: str | None = None  # the graph that the task left: it must end before the commit
         self.finalizer: Any = None
         self._changed = changed
         self._postponed_saves: list[Callable[[], None]] | None = []
-        self._driver: Any = None  # SQLite's connection; every thread may read its state
+        self._driver: Any = None  # every thread may read the state of SQLite's connection
 
         @event.listens_for(session, "after_begin")
         def _keep_driver(_: Session, __: SessionTransaction, connection: Connection) -> None:
@@ -183,7 +183,7 @@ class NodeTransaction:
                 else:  # the savepoint keeps earlier changes if this block fails
                     with self.session.begin_nested():
                         yield self.session
-                self.session.flush()  # raise errors of the changes here, in the task
+                self.session.flush()  # errors of the changes are raised here, in the task
             except BaseException:
                 if self.is_abandoned:
                     self.close()

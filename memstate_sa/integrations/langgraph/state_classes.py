@@ -149,7 +149,8 @@ def _built(cls: Any, code: int, stored: Any, method: str | None) -> Any:
 def _model(cls: Any, stored: Any) -> Any:
     """A model with the stored fields, without validation if they are not valid any more."""
     try:
-        return cls(**stored) if isinstance(stored, Mapping) else cls.model_validate(stored)  # a RootModel
+        # A RootModel may hold any value, not only a mapping.
+        return cls(**stored) if isinstance(stored, Mapping) else cls.model_validate(stored)
     except (ValidationError, ValueError, TypeError):
         if not isinstance(stored, Mapping):
             raise
@@ -195,7 +196,7 @@ def named_by(annotations: Iterable[Any]) -> dict[Name, type[Any]]:
             if annotation in seen:
                 continue
             seen.add(annotation)
-        except TypeError:  # Annotated with an unhashable object
+        except TypeError:  # an Annotated may contain an unhashable object
             pass
         if isinstance(annotation, type) and _is_data(annotation):
             classes[_name(annotation)] = annotation
@@ -234,7 +235,7 @@ def _parts(annotation: Any) -> Iterable[Any]:
         return arguments[:1]
     if origin is not None:
         return (origin, *arguments)
-    if isinstance(annotation, list):  # a Callable's parameters
+    if isinstance(annotation, list):  # a Callable has its parameters in a list
         return annotation
     if not isinstance(annotation, type):
         return ()
@@ -248,7 +249,7 @@ def _parts(annotation: Any) -> Iterable[Any]:
 def _hints(annotated: Any) -> Iterable[Any]:
     try:
         return get_type_hints(annotated, include_extras=True).values()
-    except Exception:  # noqa: BLE001  # e.g. a name that only type checkers know
+    except Exception:  # noqa: BLE001  # an annotation may have a name that only type checkers know
         return ()
 
 

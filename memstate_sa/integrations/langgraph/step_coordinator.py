@@ -70,7 +70,7 @@ class StepCoordinator:
                 self._broken.pop((thread_id, ns), None)
                 if self._lost.get((thread_id, ns), (None, None))[1] is _ANY_RUN:
                     del self._lost[thread_id, ns]
-        if self._postponed[thread_id, ns]:  # wait, so that the run begins with the latest checkpoint
+        if self._postponed[thread_id, ns]:  # the run must begin with the latest checkpoint
             with self._changed:
                 self._wait(lambda: not self._postponed[thread_id, ns], lambda: None, "A checkpoint is not saved yet")
 
@@ -402,7 +402,7 @@ class StepCoordinator:
             transaction = _only(transactions)
             with transaction.lock, self.explaining_busy_errors():
                 yield transaction.session.connection()
-                Session.commit(transaction.session)  # `StepSession` refuses its own method
+                Session.commit(transaction.session)  # `session.commit()` would be refused
         except BaseException as error:
             self.save_failed(key.thread_id, key.ns, error, run)
             raise

@@ -208,7 +208,7 @@ class MemStateStore(BaseStore):
         if open_session is not None:
             return nullcontext(open_session)
         if self._facts is not None:
-            self._facts._open()  # noqa: SLF001  # in the same package
+            self._facts._open()  # noqa: SLF001  # MemoryStore is in the same package
             if self._is_shared:
                 return self._facts._reading()  # noqa: SLF001
         return self._readers()

@@ -43,6 +43,6 @@ def room_for_steps(engine: Engine) -> int:
     if database_of(engine).has_one_writer:
         return 1
     pool: Any = engine.pool
-    if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:  # noqa: SLF001  # not public
+    if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:  # noqa: SLF001  # SQLAlchemy has no public way
         return _UNBOUNDED_ROOM
     return pool.size() + pool._max_overflow  # noqa: SLF001

@@ -23,7 +23,7 @@ _NO_THREAD = (
 def as_text(value: Any) -> str | None:
     """A string, an int or a UUID as text. None for other types."""
     if isinstance(value, str):
-        return str.__str__(value)  # the value of an enum member
+        return str.__str__(value)  # an enum member is a string, too: take its value
     return str(value) if isinstance(value, (int, UUID)) and not isinstance(value, bool) else None
 
 

@@ -447,11 +447,25 @@ def test_edited_env_py_keeps_its_own_lines(before: str, after: str, has_plugins:
     assert "import memstate_sa\n" in new or "import memstate_sa.migrations\n" in new
     if has_plugins:
         named = 'autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"],'
-        assert f"context.configure({named} connection=connection" in new
+        one_a_line = f"{named}\n        connection=connection,\n        target_metadata=target_metadata,\n    )\n"
+        assert f"    context.configure(\n        {one_a_line}" in new  # it was one line, which became too long
         assert f"context.configure(\n        {named}\n        url=url,\n" in new
     else:
         assert "memstate_sa.migrations.register()\n" in new
     assert edited(new, has_plugins=has_plugins) == new
+
+
+def test_env_py_is_edited_without_a_url(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value of target_metadata that is no metadata is left, and init says so."""
+    monkeypatch.delenv("MEMSTATE_URL", raising=False)
+    run_alembic(folder, command.init, directory=str(folder / "migrations"), template="async")
+    env = folder / "migrations" / "env.py"
+    told = invoke("init", "--apply", "--yes")
+    assert "Cannot edit target_metadata: its value names no metadata of yours." in told
+    assert "Not checked. Give --url to check the database." in told
+    assert "target_metadata = None\n" in env.read_text()
+    assert env.read_text().count("autogenerate_plugins") == 2
+    assert max(map(len, env.read_text().splitlines())) <= 88
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,10 @@ def test_doctor_tells_what_came_past_the_log(app: Application) -> None:
     assert "reconciled" in app.run("log", "Note")
     app.run("drain")
     assert "Nothing has drifted" in app.run("verify")
+    with app.engine.begin() as connection:
+        connection.execute(text("INSERT INTO note (id, text) VALUES (99, 'Likes milk')"))
+    told = flat(app.run("doctor"))
+    assert "1 row has no entry in the log" in told and "The log agrees with all other rows" in told
 
 
 def test_doctor_repairs_beside_a_problem_that_stays(app: Application) -> None:

@@ -9,13 +9,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
+from memstate_sa import Change
 from memstate_sa.cli import processes
+from memstate_sa.cli.display import Console, print_changes
 from tests.support.commands import ROOT, Application, add_dead_key, app, bare, invoke
 
 __all__ = ["app", "bare"]
@@ -72,6 +75,17 @@ def test_times_ids_and_names_are_whole_at_any_width(app: Application, columns: i
     assert lines[1:] == [f"  by ana in {'s' * 60}", f"  id: {key}", "  text: Likes tea"]
 
 
+def test_namespace_of_a_langgraph_item_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("langgraph")
+    from memstate_sa.integrations.langgraph.item_rows import scope_of
+
+    item = {"scope": scope_of(("users", "ana")), "value": {"likes": "tea"}}
+    at = datetime(2026, 1, 2, tzinfo=UTC)
+    insert = Change(1, "tx", "memstate_item", "key", "insert", None, item, at)
+    print_changes(Console(width=200), [insert, replace(insert, op="delete", before=item, after=None)])
+    assert capsys.readouterr().out.count('scope: ["users", "ana"]') == 2
+
+
 def test_values_are_written_as_people_write_them(app: Application) -> None:
     """A command accepts the key as `log` shows it."""
     Path(f"things_of_{app.name}.py").write_text(VALUES.format(app=app.name))
@@ -121,6 +135,15 @@ def test_log_without_changes_says_so_and_prints_no_json(app: Application) -> Non
     assert app.run("log", "Note", "7") == "There are no such changes.\n"
     assert app.run("log", "Note", "7", "--json") == ""
     assert app.run("log", stdout=True) == ""
+
+
+def test_log_marks_an_erased_fact(app: Application) -> None:
+    key = app.add("Likes tea")
+    assert "erased" not in app.run("log")
+    with app.sessions() as session:
+        app.module.memory.erase(session, app.module.Note, key)
+        session.commit()
+    assert app.run("log").count("(the values were erased)") == 2
 
 
 # -- JSON ------------------------------------------------------------------------------------------------------------

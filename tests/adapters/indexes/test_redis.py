@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from memstate_sa.testing.points import X, Y, contents, fingerprints, ids_where, 
 from tests.support import Person, World
 from tests.support.criteria import assert_agrees_with_sql
 from tests.support.redis_server import AT_ONCE, NOTHING, Server, redis_client, server
+from tests.support.relays import eventually
 
 
 @pytest.fixture(scope="module")
@@ -351,10 +351,10 @@ def test_relay_converges_though_the_server_is_killed(sqlite_engine: Engine, opti
             for life in range(3):
                 people(world, range(life * 150, life * 150 + 200), f"remembers in life {life}")
                 first = ["VISMEMBER", "memstate:{memory}:points", f"person[{life * 150}]"]
-                wait_until(lambda first=first: made.admin.execute_command(*first) == 1)
+                eventually(lambda first=first: made.admin.execute_command(*first) == 1)
                 made.kill()
                 before = killed
-                wait_until(lambda before=before: killed > before)
+                eventually(lambda before=before: killed > before)
                 made.start()
         finally:
             stop.set()
@@ -391,14 +391,6 @@ def opened_as(world: World, client: redis.Redis, name: str) -> RedisIndex:
     index = RedisIndex(client, name)
     index.open(embedder=world.embedder.fingerprint, dimension=world.embedder.dimension)
     return index
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(1200):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it never came true")
 
 
 # -- construction ------------------------------------------------------------------------------------------------------

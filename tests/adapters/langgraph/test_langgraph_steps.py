@@ -33,6 +33,7 @@ from memstate_sa.integrations.langgraph.node_transactions import StepLifetime, T
 from memstate_sa.integrations.langgraph.step_coordinator import StepCoordinator
 from memstate_sa.testing import HashEmbedder
 from tests.support import Tag, World
+from tests.support.relays import eventually
 
 
 class State(TypedDict, total=False):
@@ -376,7 +377,8 @@ async def test_failed_run_gives_all_turns_back(crowded: Agent, cancelled: bool) 
     with pytest.raises((ValueError, asyncio.CancelledError)):
         await run
     await asyncio.to_thread(assert_nothing_is_left_open, crowded)
-    assert all(semaphore._permits == [] for semaphore in crowded.saver._steps._semaphores.values())
+    semaphores = crowded.saver._steps._semaphores.values()
+    await asyncio.to_thread(eventually, lambda: all(semaphore._permits == [] for semaphore in semaphores))
     assert crowded.tags() == ["x"]
     fails.clear()
     await graph.ainvoke(None, CONFIG)

@@ -257,6 +257,20 @@ async def test_engine_arguments_take_an_async_engine(world: World, async_engine:
     memory.sync_engine(async_engine).dispose()
 
 
+async def test_a_key_of_another_type_is_an_error_of_ours(postgres_engine: Engine) -> None:
+    """asyncpg takes only values of the column's type. The transaction goes on."""
+    pytest.importorskip("asyncpg")
+    world = World(postgres_engine)
+    engine = create_async_engine(postgres_engine.url.set(drivername="postgresql+asyncpg"))
+    maker = async_sessionmaker(engine)
+    world.memory.attach(maker)
+    async with maker() as session:
+        with pytest.raises(MemstateError, match=r"Cannot use key='1': the driver refused it for id of person\."):
+            await world.memory.ahistory(session, Person, "1")
+        assert await world.memory.ahistory(session, Person, 1) == []
+    await engine.dispose()
+
+
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 async def test_a_listener_labels_each_transaction(engine: Engine, async_engine: AsyncEngine, capture: Any) -> None:
     """The recipe of the pages about FastAPI, SQLModel, Flask and undo. Labels end with their transaction."""

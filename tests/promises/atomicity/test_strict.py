@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from memstate_sa.relay.points import ENTITY
 from memstate_sa.relay.strict import Strict
 from memstate_sa.testing import HashEmbedder
 from tests.support import apps, assert_index_holds, make_due
+from tests.support.relays import eventually
 
 
 class Base(DeclarativeBase):
@@ -110,13 +110,6 @@ class Hooked:
 
 class Crash(BaseException):
     """The process has ended."""
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def count_intents(engine: Engine) -> int:

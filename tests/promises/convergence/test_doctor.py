@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, delete, insert, select, text, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
-from memstate_sa import ConflictError, Memory
+from memstate_sa import ConflictError, DeliveryRetryable, Memory
 from memstate_sa.capture.append_only import rewriting
 from memstate_sa.db.tables import log, unique
 from memstate_sa.indexes import InMemoryIndex
@@ -56,6 +57,38 @@ def test_doctor_reports_rows_changed_past_the_log(world: World) -> None:
             world.memory.rollback(session)
     world.memory.backfill(world.engine, Tag)
     world.assert_in_step()
+
+
+def test_doctor_reports_an_index_that_cannot_be_opened(engine: Engine) -> None:
+    """A folder is left alone: another process may have it open. A missing embedder is reported for any index."""
+
+    class Unreachable(InMemoryIndex):
+        in_process = False
+
+        def open(self, *, embedder: str, dimension: int) -> None:
+            raise DeliveryRetryable("the server does not answer")
+
+    class Folder(Unreachable):
+        in_process = True
+
+    world = World(engine, Folder())
+    assert world.memory.doctor(engine).healthy
+    world = World(engine, Unreachable())
+    found = world.memory.doctor(engine)
+    assert found.problems == [("index 'memory'", "cannot be opened: the server does not answer")]
+    assert not found.healthy
+    assert not world.memory.doctor(engine, rows=False).problems  # of `init`, which opens nothing
+
+
+def test_doctor_reports_a_missing_embedder(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(engine)
+    monkeypatch.setitem(sys.modules, "wordllama", None)
+    memory = Memory(InMemoryIndex())
+    memory.track(Tag, text="meaning")
+    memory.attach(world.sessions)
+    [problem] = memory.doctor(engine).problems
+    assert problem.subject == "index 'memory'"
+    assert "memstate-sa[wordllama]" in problem.message
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])

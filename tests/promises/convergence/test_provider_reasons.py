@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from memstate_sa.errors import DeliveryRejected
+from memstate_sa.errors import DeliveryRejected, DeliveryRetryable
+from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.relay.retry import RetryPolicy
-from memstate_sa.testing import HashEmbedder
+from memstate_sa.testing import FlakyIndex, HashEmbedder
 from tests.support import Tag, World
 
 REASON = "413 Content Too Large: at most 8192 tokens"
@@ -54,4 +55,22 @@ def test_reason_of_a_refusal_is_told_everywhere(engine: Engine, caplog: pytest.L
         assert "413 " in str(told)
         assert reason in str(told)
         assert "hidden meaning" not in str(told)
+    world.memory.close()
+
+
+def test_the_end_of_an_outage_is_logged_once(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    world = World(engine, FlakyIndex(InMemoryIndex(), rate=1.0))
+    relay = world.relay
+    with world.session() as session:
+        session.add(Tag(name="a", meaning="one"))
+        session.commit()
+    with caplog.at_level(logging.INFO, "memstate_sa.relay"):
+        with pytest.raises(DeliveryRetryable):
+            relay.run_once()
+        world.index.rate = 0.0
+        relay.drain()
+        relay.drain()
+    failed, works = [record.getMessage() for record in caplog.records]
+    assert failed.startswith("index memory: The delivery failed (")
+    assert works == "index memory: The delivery works again."
     world.memory.close()

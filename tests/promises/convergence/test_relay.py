@@ -15,7 +15,7 @@ from sqlalchemy import Engine, create_engine, func, insert, select, text
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, IndexMismatch, Memory, MemstateError, sqlite
 from memstate_sa.db.tables import cursor, ledger, outbox, parked
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
-from memstate_sa.relay import RetryPolicy
+from memstate_sa.relay import RetryPolicy, loop
 from memstate_sa.relay.requests import Upsert
 from memstate_sa.testing import FlakyIndex, HashEmbedder
 from tests.support import (
@@ -294,16 +294,22 @@ def test_a_relay_that_lost_its_lease_records_nothing(spied: World) -> None:
     spied.assert_in_step()
 
 
-def test_one_owner_at_a_time(spied: World) -> None:
-    """A second relay waits while the first holds the lease, and takes over when the first stops."""
+def test_one_owner_at_a_time(spied: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A second relay waits while the first holds the lease, and takes over when the first stops.
+
+    A drain that waits logs its reason once.
+    """
     say(spied, a="x")
     spied.relay.drain()
     spied.relay.run_once()  # unlike drain(), it keeps the lease for the next call
     second = spied.memory.relay(spied.engine)
     say(spied, b="y")
     assert second.run_once() == 0
+    monkeypatch.setattr(loop, "_TELL_AFTER_S", 0.0)
     with pytest.raises(DeliveryError, match="another relay may hold its lease"):
         second.drain(timeout=0.1)
+    told = [record.getMessage() for record in caplog.records if "Still waiting" in record.getMessage()]
+    assert told == ["Still waiting: 1 keys are pending for 'memory' (another relay may hold its lease)."]
     spied.relay.stop()
     assert second.drain() >= 1
     second.stop()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from memstate_sa.errors import DeliveryRetryable
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
 from tests.support import apps, assert_index_holds
 from tests.support.indexes import KINDS, Make, storage
+from tests.support.relays import eventually
 
 
 class Base(DeclarativeBase):
@@ -229,13 +229,6 @@ def test_relay_that_wrote_nothing_since_notices_a_restore(files: Callable[..., A
         app.say(n7="apple 7", drain=False)  # reuses an id
         eventually(lambda: holds(app))
     app.close()
-
-
-def eventually(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def holds(app: App) -> bool:

@@ -6,8 +6,7 @@ import gc
 import os
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from memstate_sa.errors import DeliveryRetryable
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Tag, World, assert_index_holds
+from tests.support.relays import eventually
 
 pytestmark = pytest.mark.sa20
 
@@ -54,13 +54,6 @@ def owners(engine: Engine) -> list[str]:
         return list(connection.scalars(select(holder.c.owner)))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def hang(world: World) -> Hanging:
     """Let a background relay wait for the embedder."""
     embedder = Hanging()
@@ -84,7 +77,7 @@ def test_close_does_not_wait_for_an_embedder_that_hangs(engine: Engine) -> None:
     assert not index.closed
     assert len(owners(engine)) == 1
     embedder.answer.set()
-    wait_until(lambda: index.closed)
+    eventually(lambda: index.closed)
     assert owners(engine) == []
     assert [entry.id for entry in index.scan(None, 9)] == ['tag["a"]']
 
@@ -98,9 +91,9 @@ def test_restarted_relay_goes_on_beside_its_old_thread(engine: Engine) -> None:
     world.relay.start()
     embedder.answer.set()
     assert left is not None
-    wait_until(lambda: left.is_over)
+    eventually(lambda: left.is_over)
     say(world, "b")
-    wait_until(lambda: len(world.index.scan(None, 9)) == 2)
+    eventually(lambda: len(world.index.scan(None, 9)) == 2)
     world.memory.close()
     assert owners(engine) == []
 
@@ -148,6 +141,16 @@ def ended() -> str:
 def test_process_of_this_boot_that_has_ended_is_gone() -> None:
     owner = ended()
     assert leases.is_gone(owner) is (" ? " not in owner)
+
+
+def test_zombie_is_gone() -> None:
+    """A killed process keeps its id until its parent asks for its exit code."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        owner = f"{leases._machine()} {process.pid} {leases._started(process.pid)} x"
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # leaves the zombie
+        os.kill(process.pid, 0)
+        assert leases.is_gone(owner) is (" ? " not in owner)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import enum
 import io
 import threading
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -21,6 +20,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from memstate_sa import ConflictError, sqlite
 from tests.support import apps
+from tests.support.relays import eventually
 
 pytestmark = pytest.mark.sa20
 
@@ -809,7 +809,7 @@ def test_undo_waits_for_a_child_that_arrives(postgres_engine: Engine, *, joined:
         other.flush()
         thread = threading.Thread(target=undo)
         thread.start()
-        wait_until(lambda: waiting(postgres_engine) or outcome)
+        eventually(lambda: waiting(postgres_engine) or outcome)
         other.commit()
     thread.join()
     [refused] = outcome
@@ -817,13 +817,6 @@ def test_undo_waits_for_a_child_that_arrives(postgres_engine: Engine, *, joined:
     assert [(change.entity, change.actor) for change in refused.changes] == [("child", "other")]
     assert app.tables()["child"] == [(1, 1)]
     app.check()
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def waiting(engine: Engine) -> bool:
