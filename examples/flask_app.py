@@ -53,9 +53,14 @@ def create_app(url: str | None = None, index: VectorIndex | None = None) -> Flas
         sqlite.configure(engine)
     Base.metadata.create_all(engine)
     memory.create_tables(engine)
-    memory.relay(engine).start()
+    relay = memory.relay(engine)
     atexit.register(engine.dispose)
     atexit.register(memory.close)  # atexit calls this before engine.dispose
+
+    @app.before_request
+    def start_relay() -> None:
+        """Only a serving process has requests. Other commands of Flask, and its reloader, call create_app as well."""
+        relay.start()  # a running relay goes on
 
     @app.before_request
     def authenticate() -> None:
