@@ -134,8 +134,8 @@ def print_id_note(console: Console, memory: Memory, engine: Engine) -> None:
     names = ", ".join(table.fullname for table in tables if gives_ids_again(engine, table))
     if names:
         console.print(
-            f"[yellow]Note:[/] SQLite may give the id of a deleted row to a new row in {escape(names)}. Both rows then "
-            "have one history. sqlite_autoincrement=True prevents it: see the guide to existing data.",
+            f"[yellow]Note:[/] SQLite may give the id of a deleted row to a new row in {escape(names)}.\n"
+            "    Both rows then have one history. Use sqlite_autoincrement=True: see docs/how-to/existing-data.md.",
             highlight=False,
             soft_wrap=True,
         )
