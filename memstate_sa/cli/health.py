@@ -135,7 +135,7 @@ def print_id_note(console: Console, memory: Memory, engine: Engine) -> None:
     if names:
         console.print(
             f"[yellow]Note:[/] SQLite may give the id of a deleted row to a new row in {escape(names)}.\n"
-            "    Both rows then have one history. Use sqlite_autoincrement=True: see docs/how-to/existing-data.md.",
+            "    Both rows then have one history. Use sqlite_autoincrement=True (docs: existing data).",
             highlight=False,
             soft_wrap=True,
         )
