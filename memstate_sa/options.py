@@ -90,7 +90,7 @@ class TrackOptions(TypedDict, total=False):
     """Column attributes. No two rows may have the same values in all of them. Default: none."""
 
     immutable: bool | Callable[[Mapping[str, Any]], bool]
-    """True: rows can be added and deleted, but not changed. A function decides it by a row's values. Default: False."""
+    """Whether rows can be added and deleted, but not changed. A function decides for each row. Default: False."""
 
     on_untracked: Literal["raise", "warn"]
     """The reaction to a write that cannot be captured. Default: "raise"."""

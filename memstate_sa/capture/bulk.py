@@ -30,7 +30,7 @@ from memstate_sa.tracking.registry import Registry, unaliased
 from memstate_sa.tracking.tracked import Tracked
 
 _ATTEMPTS = 5
-_REPLACES = "A prefix such as OR REPLACE changes rows unseen. Use on_conflict_do_update()."
+_REPLACES = "A prefix such as OR REPLACE changes rows that capture cannot see. Use on_conflict_do_update()."
 _RETURNS_STAR = (
     "An ORM statement with RETURNING * cannot return the keys of its rows too. Use returning(*Model.__table__.columns)."
 )

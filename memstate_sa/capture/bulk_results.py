@@ -16,7 +16,7 @@ class CapturedResult(IteratorResult[Any], CursorResult[Any]):  # type: ignore[mi
     """
 
     def __init__(self, result: Result[Any], key_names: Sequence[str] = ()) -> None:
-        """Read *result*. Its last columns are the keys, with *key_names*; the caller does not get them."""
+        """Read *result*. Its last columns are the key columns, *key_names*. The caller's rows do not have them."""
         frozen = result.freeze()
         metadata: Any = frozen.metadata
         names = list(metadata.keys)

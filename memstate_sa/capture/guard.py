@@ -114,7 +114,8 @@ class Guard:
     def _is_of_base(self, tracked: Tracked, context: Any, flushes: Collection[Flush]) -> bool:
         """Whether a flush changes rows of a base class that may also belong to facts of *tracked*.
 
-        Only a discriminator column shows the class of an existing row. A new row of the base class has no subclass.
+        Without a discriminator column, an existing row of the base class may belong to a subclass. A row that is being
+        inserted into the base table has no subclass row yet.
         """
         table = context.compiled.statement.table
         is_of_base = table in tracked.tables[: tracked.base_table_count]

@@ -19,7 +19,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 
 class ReadLog:
-    """Like `TableLog`, but Python makes the images and compares them with the last entries."""
+    """A log like `TableLog`. Python makes the images, and compares them with the last entries."""
 
     def __init__(self, tracked: Tracked, columns: TableColumns) -> None:
         self._tracked = tracked

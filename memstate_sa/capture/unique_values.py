@@ -110,7 +110,10 @@ _page = (
 def of_no_row(
     connection: Connection, tracked: Tracked, after: tuple[str, str]
 ) -> tuple[list[tuple[str, str]], tuple[str, str] | None]:
-    """The pairs (value, key) of deleted rows in the next part of the table, and the pair to continue *after*."""
+    """The (value, key) pairs in the next page whose rows were deleted, and the last pair of the page.
+
+    That pair is the next call's *after*. It is None after the last page.
+    """
     parameters = {"entity": tracked.entity, "value": after[0], "key": after[1]}
     page: Sequence[tuple[Any, Any]] = [(value, key) for value, key in connection.execute(_page, parameters)]
     images = tracked.columns_for(connection.dialect).read(

@@ -185,7 +185,7 @@ class _Request(NamedTuple):
             labels = " and ".join(f"{name} {value!r}" for name, value in self.labels.items() if value is not None)
             return f"There is nothing to undo{f' for {labels}' if labels else ''}."
         count = len({change.reverts for change in result.reverted})
-        return "" if self.steps is None or count >= self.steps else f"{count} of {self.steps} steps: there are no more."
+        return "" if self.steps is None or count >= self.steps else f"Only {count} of the {self.steps} steps exist."
 
 
 def _undo(app: str, url: str | None, request: _Request, *, dry_run: bool, yes: bool) -> None:

@@ -132,7 +132,7 @@ def supervise(workers: Sequence[Sequence[str]], environment: Mapping[str, str]) 
                     continue
                 if time.monotonic() - since > _RESTART_S[1]:
                     delays[n] = _RESTART_S[0]
-                logger.error("worker %d ended with %s, starting it again in %.0f s", n + 1, code, delays[n])
+                logger.error("worker %d ended with %s. It starts again in %.0f s.", n + 1, code, delays[n])
                 if interrupted.wait(delays[n]):
                     break
                 delays[n] = min(2 * delays[n], _RESTART_S[1])

@@ -43,8 +43,8 @@ def make_engine(url: str | URL, **options: Any) -> Engine:
 def _renew_pool(engine: Engine) -> None:
     """Let go of the parent's connections after a fork, without closing them.
 
-    Connections to SQLite are closed, because its library believes that this process has the locks of each open one. An
-    in-memory database is a copy, which the child keeps.
+    Connections to SQLite are an exception, and are closed. While one is open, SQLite's library believes that this
+    process has the parent's locks. The child keeps an in-memory database, because it is a copy.
     """
     if not sqlite.is_in_memory(engine):
         engine.dispose(close=database_of(engine).runs_in_process)

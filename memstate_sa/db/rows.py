@@ -166,7 +166,7 @@ class TableColumns:
         if isinstance(impl, sqltypes.ARRAY):
             impl = implementation(impl.item_type, self.dialect)
             if isinstance(impl, Enum) and impl.native_enum:
-                return True  # drivers differ here: psycopg does not take such an array apart
+                return True  # psycopg does not split an array of enums into its items, and other drivers do
         return isinstance(impl, JSON) or not isinstance(impl, _PLAIN)
 
     def _is_interval(self, column: Column[Any]) -> bool:
@@ -219,7 +219,8 @@ class TableColumns:
         if not any(isinstance(self._impl[column.name], sqltypes.ARRAY) for column in columns):
             parameter: BindParameter[Any] = bindparam("values", list(values), expanding=True)
             return tuple_(*(type_coerce(column, RAW) for column in columns)).in_(parameter)
-        # PostgreSQL infers the item type of an array parameter on its own, but not within a row of parameters.
+        # Compare each column separately. PostgreSQL infers the item type of a single array parameter, but not of an
+        # array in a row of parameters.
         rows = [zip(columns, map(_listed, value), strict=True) for value in values]
         return or_(*(and_(*(column == self.raw_bind(column, item) for column, item in row)) for row in rows))
 

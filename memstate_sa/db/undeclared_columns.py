@@ -1,4 +1,4 @@
-"""Columns of a table that its class does not declare, so that the log does not have their values."""
+"""Columns of a table that its class does not declare. The log does not have their values."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The vectors of texts in the application's database, by text fingerprint. The texts themselves are not stored.
 
-A rollback, a repeated text, and a new index then need no embedding. The oldest vectors are evicted first, so vectors of
+So a rollback, a repeated text and a new index need no embedding. The oldest vectors are evicted first, so vectors of
 an embedder that is no longer used disappear first.
 """
 

@@ -74,7 +74,7 @@ class Adapter:
 
 
 class IdListing:
-    """A sorted list of all ids, which lives for one scan. It is for vendors that list ids in another order."""
+    """A sorted list of all ids, which lives for one scan. It is for vendors that do not list ids in sorted order."""
 
     def __init__(self) -> None:
         self._listing: tuple[str, list[str]] | None = None

@@ -59,7 +59,7 @@ _OLDEST_VERSION = (0, 8)
 # The SQLSTATE classes that blame the values: data exceptions, integrity, program limits. For other errors, a retry may
 # help.
 _VALUE_ERRORS = ("22", "23", "54")
-# insufficient_privilege, and the two states for an extension whose files are missing.
+# These states need an administrator: insufficient_privilege, and two states for missing files of the extension.
 _NEEDS_AN_ADMINISTRATOR = ("42501", "0A000", "58P01")
 _UNDEFINED_TABLE = "42P01"
 

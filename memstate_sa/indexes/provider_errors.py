@@ -27,7 +27,7 @@ def retryable_status(status: int) -> bool:
 def delivery_error(
     error: BaseException, message: str, *, unknown: type[DeliveryError], sent: Collection[str] | None = None
 ) -> DeliveryError:
-    """The error to raise ``from`` *error*. It is an *unknown* if neither a status nor a type in the chain decides.
+    """The error to raise ``from`` *error*. Its class is *unknown* if no status and no type in the chain decides.
 
     Clients wrap errors. Chroma raises a plain Exception while handling httpx's error, and SDKs raise their own error
     from a socket's. So every error in the chain is examined, outermost first. An HTTP status is stronger evidence than

@@ -317,7 +317,9 @@ class RedisIndex(Adapter):
 
     def _gone(self, opened: OpenState) -> DeliveryRetryable:
         self._resolve(opened.embedder, opened.dimension)
-        return DeliveryRetryable(f"Redis index {self._name!r} was lost. A new, empty one was created.")
+        return DeliveryRetryable(
+            f"Redis index {self._name!r} was lost. A new, empty index was created, and relays fill it."
+        )
 
     def _evaluate(self, script: str, action: str, arguments: Sequence[Any]) -> Any:
         with self._translated(action):

@@ -147,7 +147,7 @@ def new_tx() -> str:
 
 
 def classify(before: Image | None, after: Image | None, *, was_there: bool) -> Op | None:
-    """The operation that turns *before* into *after*; None when the log knows *after* already.
+    """The operation that turns *before* into *after*. It is None if the log knows *after* already.
 
     Only the two ends count: a delete and an insert of one key are an update, as the table shows it. *before* is None
     also for a row that *was there* and whose image was erased.

@@ -64,7 +64,7 @@ class Sweeper:
     def _page(self, engine: Engine, tracked: Tracked, refused: set[str], chosen: list[str], limit: int) -> None:
         """Delete up to *limit* expired facts that are not in *refused*.
 
-        Their keys are added to *chosen* before the deletion, so that the caller knows them when it fails.
+        The keys of these facts are added to *chosen* before the deletion: the caller needs them if the deletion fails.
         """
         columns = tracked.columns_for(engine.dialect)
         expires = tracked.mapper.columns[tracked.expires or ""]

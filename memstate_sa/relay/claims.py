@@ -109,7 +109,7 @@ class Claimant:
 
     - ``in_process``: the index runs in the owner's process. No write can land after that process has ended, so its
       slots are free at once. A server may still carry out a waiting request, so there the lease must end first.
-    - ``epochs``: the slots that the owner knows to be its own.
+    - ``epochs``: the slots that the owner believes it holds, with their epochs.
     - ``kept_mark``: the mark that the index had before this transaction.
     - ``went_back``: the database was restored (see `marks`).
     - ``now``: the database's time.

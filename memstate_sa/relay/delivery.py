@@ -419,7 +419,8 @@ class Delivery:
             return
         call = call_beside(upsert, f"memstate-write-{self.name}")
         try:
-            with suppress(Exception):  # the next page is read again in its own turn, which then raises the error
+            # Errors are ignored here: the relay reads the next page again in its turn, and that read raises the error.
+            with suppress(Exception):
                 self._run(request.meanwhile(lambda: not call.done()))
                 self._store_vectors()
         finally:

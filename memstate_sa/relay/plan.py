@@ -103,7 +103,7 @@ class ParkedRow(NamedTuple):
 
 
 def merge(old: ParkedRow | None, new: Parked, now: datetime, version: str) -> ParkedRow | None:
-    """The row of a key that was parked as *old* and is parked as *new* at *now*. None if *old* does not change."""
+    """The row of a key that was parked as *old* and is parked as *new* at *now*. None means that *old* stays."""
     next_at = now + timedelta(seconds=new.delay_s)
     row = ParkedRow(new.attempts, next_at, new.state, new.error, version, new.deliver_again)
     if old is None:

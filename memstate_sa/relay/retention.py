@@ -158,7 +158,8 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
     ends = ends.where(log.c.tx.in_(select(unnest_strings("transactions").c.value)))
     end_rows = connection.execute(ends, {"transactions": as_array({row.tx for row in rows})}).all()
     last_ids = {tx: last_id for tx, last_id, at in end_rows if at < before}
-    # Take the longest beginning of the page that has only old transactions, and all of their entries.
+    # Take as many entries from the start of the page as possible. All of their transactions must be old, and must have
+    # no entries after the last entry that is taken.
     rows = list(takewhile(lambda row: row.tx in last_ids, rows))
     while rows and (incomplete := {row.tx for row in rows if last_ids[row.tx] > rows[-1].id}):
         rows = list(takewhile(lambda row: row.tx not in incomplete, rows))

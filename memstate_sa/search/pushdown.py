@@ -41,7 +41,7 @@ def push_down(tracked: Tracked, criteria: Sequence[ColumnElement[bool]], compara
 
 
 def _size(criterion: Any) -> int:
-    """The number of values in *criterion*, as far as it can be translated."""
+    """The number of values that *criterion* puts into a filter. A part without a filter counts as one value."""
     if isinstance(criterion, Grouping):
         return _size(criterion.element)
     if isinstance(criterion, BooleanClauseList):

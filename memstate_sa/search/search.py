@@ -65,7 +65,7 @@ _TIES = 10_000
 """The greatest number of facts at the last hit's distance that are sorted. If there are more, the index chooses."""
 
 _ROUNDING_ERROR = 1e-6
-"""An index computes distances in single precision. The last digits depend on the vector's place in memory."""
+"""The largest difference of two distances that counts as rounding. Indexes compute in single precision."""
 
 
 @dataclass

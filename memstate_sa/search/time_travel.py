@@ -194,7 +194,7 @@ def search_past(
         parameters = columns.key_parameters([decode_key(key) for _, key in batch])
         rows = session.execute(hydration, parameters).unique(lambda row: tuple(row[1:]))
         facts = {encode_key(row[1:]): row[0] for row in rows}
-        # Only this select() of entities runs the application's listeners, which may leave rows out.
+        # A key may be missing in *facts*: this select() runs the application's listeners, and they may leave rows out.
         hits += [Hit(facts[key], distance) for distance, key in batch if key in facts]
         if len(hits) >= limit:
             break

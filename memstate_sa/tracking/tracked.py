@@ -229,7 +229,7 @@ class Tracked:
         return upgraded
 
     def _upgraded(self, shape: int, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """*values* of the version *shape*, in the shape of the next version."""
+        """*values*, upgraded from version *shape* to the next version."""
         failure = f"Cannot read an old image of {self.entity}: upgrade[{shape}]"
         try:
             upgraded = self.upgrade[shape](dict(values))

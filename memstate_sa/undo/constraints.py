@@ -51,7 +51,7 @@ class FactsByValue:
         return [fact for fact in self.current.get(value, ()) if fact not in final and fact not in left_out]
 
     def having_in_the_end(self, value: Hashable, left_out: Collection[FactKey]) -> list[FactKey]:
-        """The facts that have *value* in the end, when the facts that are *left_out* stay as they are."""
+        """The facts that have *value* after the undo, if it does not change the facts in *left_out*."""
         final = self.final.get(value, ())
         keeping = [fact for fact in self.current.get(value, ()) if fact in final or fact in left_out]
         return keeping + self.gaining(value, left_out)

@@ -66,7 +66,7 @@ class EncodedCheckpoint:
 
 
 def decoded(serde: SerializerProtocol, stored: StoredCheckpoint, *, positioned: bool) -> CheckpointTuple:
-    """The checkpoint for LangGraph. If *positioned*, its metadata names the log's last transaction."""
+    """The checkpoint for LangGraph. Its metadata names its position in the log if it has one, or if *positioned*."""
     checkpoint = serde.loads_typed(stored.payload)
     values = {channel: serde.loads_typed(value) for channel, value in stored.blobs.items()}
     checkpoint["channel_values"] = {**checkpoint["channel_values"], **values}

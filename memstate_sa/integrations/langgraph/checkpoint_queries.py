@@ -88,8 +88,8 @@ def _with_contents(checkpoints: Select[Any]) -> CompoundSelect[Any]:
     h, nothing = heads.c, cast(null(), Text)
     pair = _pairs(h.channels).table_valued("key", "value", name="pair")
     used = select(h.thread_id, h.ns, pair.c.key, pair.c.value).select_from(heads.join(pair, true()))
-    # The keys of one checkpoint are distinct without DISTINCT. But with it, SQLite searches for these keys instead of
-    # reading all blobs.
+    # The keys of one checkpoint are distinct anyway. DISTINCT makes SQLite search for these keys, instead of reading
+    # all blobs.
     blob_keys = used.distinct().where(pair.c.value.is_not(None)).subquery("blob_keys")
     columns = {"thread_id": "thread_id", "ns": "ns", "channel": "key", "version": "value"}
     same_blob = and_(*(blob.c[name] == blob_keys.c[source] for name, source in columns.items()))

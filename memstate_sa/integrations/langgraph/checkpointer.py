@@ -254,7 +254,7 @@ class MemStateCheckpointer(CheckpointSaver):
             _require_config(checkpoint)
             stored = self.get_tuple(checkpoint)
             if stored is None:
-                raise MemstateError("No such checkpoint. It was never saved, or it was deleted.")
+                raise MemstateError("Cannot find this checkpoint. It was never saved, or it was deleted.")
             metadata = stored.metadata
         if POSITION not in metadata:
             raise MemstateError(

@@ -183,7 +183,7 @@ class NodeTransaction:
                 else:  # the savepoint keeps earlier changes if this block fails
                     with self.session.begin_nested():
                         yield self.session
-                self.session.flush()  # errors of the changes are raised here, in the task
+                self.session.flush()  # so the task itself raises the errors of its changes
             except BaseException:
                 if self.is_abandoned:
                     self.close()

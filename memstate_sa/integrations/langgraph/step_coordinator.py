@@ -104,7 +104,7 @@ class StepCoordinator:
             )
 
     def wait_for_tasks(self, thread_id: str, ns: str, checkpoint_id: str | None, run: object) -> None:
-        """Wait until the tasks that ran at a checkpoint have committed their writes. Raise an error for lost ones."""
+        """Wait until the tasks that ran at a checkpoint have committed their writes. Raise the error of lost writes."""
         if not (self._open or self._committing or self._lost):
             return
 

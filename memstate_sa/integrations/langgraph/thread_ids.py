@@ -61,7 +61,7 @@ def graph_of(config: Any) -> tuple[str, str]:
 
 
 def checkpoint_id_of(config: Any) -> str | None:
-    """The checkpoint in *config*. None means the latest."""
+    """The checkpoint id in *config*. None means the latest checkpoint."""
     value = configured(config).get("checkpoint_id") or None
     checkpoint_id = None if value is None else as_text(value)
     if value is not None and not is_text(checkpoint_id):

@@ -531,7 +531,7 @@ def test_rollback_tells_that_there_are_fewer_steps(app: Application) -> None:
     app.add("two")
     assert "steps" not in app.run("rollback", "--steps", "2", "--dry-run")
     for output in (app.run("rollback", "--steps", "50", "--dry-run"), app.run("rollback", "--steps", "50", "--yes")):
-        assert "2 of 50 steps: there are no more." in output
+        assert "Only 2 of the 50 steps exist." in output
     assert app.texts() == []
 
 

@@ -128,7 +128,7 @@ def test_snapshots_tuples_and_configs_have_one_position(traveller: Traveller) ->
     assert traveller.saver.position(found) == traveller.saver.position(snapshot.config) == position
     with traveller.world.session() as session:
         assert str(position).partition("@")[0] == traveller.memory.history(session, Tag)[-1].tx
-    with pytest.raises(MemstateError, match="No such checkpoint"):
+    with pytest.raises(MemstateError, match="Cannot find this checkpoint"):
         traveller.saver.position({"configurable": {"thread_id": "nobody"}})
 
 

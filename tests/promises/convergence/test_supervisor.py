@@ -58,7 +58,7 @@ def test_a_worker_that_is_killed_is_started_again(supervisor: subprocess.Popen[s
         os.kill(pid, signal.SIGKILL)
     again = {delivering(), delivering()}
     assert len(first | again) == 4
-    assert {f"worker {n} ended with -9, starting it again in 1 s\n" for n in (1, 2)} <= set(told)
+    assert {f"worker {n} ended with -9. It starts again in 1 s.\n" for n in (1, 2)} <= set(told)
     supervisor.terminate()
     supervisor.communicate(timeout=60)
     assert supervisor.returncode == 0
