@@ -186,7 +186,10 @@ def _beyond(config: Config, engine: Engine) -> list[Any]:
 
 
 def contents(engine: Engine, *, ours: bool = False) -> dict[str, Any]:
-    """The definition and rows of each table, without Alembic's own. *ours* adds our tables."""
+    """The definition and rows of each table, without Alembic's own. *ours* adds our tables.
+
+    There are no comments if the engine's dialect does not write them, see `make_engine`.
+    """
     inspector = inspect(engine)
     names = [
         name
@@ -203,7 +206,10 @@ def contents(engine: Engine, *, ours: bool = False) -> dict[str, Any]:
         rows = {name: connection.execute(select(metadata.tables[name])).all() for name in names}
     return {
         name: {
-            "columns": [{**column, "type": str(column["type"])} for column in columns[None, name]],
+            "columns": [
+                {**column, "type": str(column["type"]), "comment": column.get("comment") if has_comments else None}
+                for column in columns[None, name]
+            ],
             "key": keys[None, name],
             "foreign keys": foreign_keys[None, name],
             "unique": sorted(map(shown, uniques[None, name])),

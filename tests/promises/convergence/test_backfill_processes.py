@@ -243,7 +243,7 @@ def test_an_interruption_says_how_to_go_on(
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert "Interrupted. Run it again to go on where it was." in output
+        assert "Interrupted. Run it again to resume." in output
         assert "Traceback" not in output
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
