@@ -41,7 +41,7 @@ def check(folder: Path, url: str) -> None:
 
 
 def drain(moving: Process) -> None:
-    """Deliver all changes. A kill during one of Chroma's own writes may damage its files: then do what the error says."""
+    """Deliver all changes. If a kill has damaged Chroma's files, repair them as the error says."""
     relay = moving.memory.relay(moving.engine)
     try:
         relay.drain()
