@@ -175,7 +175,9 @@ async def test_context_variables_reach_the_thread(store: AsyncMemoryStore) -> No
 
 async def test_langgraph_takes_the_async_store(engine: Engine) -> None:
     """Items are in the same log as facts, so the rollback of the store undoes them too."""
-    langgraph = pytest.importorskip("memstate_sa.integrations.langgraph")
+    pytest.importorskip("langgraph")
+    from memstate_sa.integrations import langgraph
+
     async with opened_async(engine) as store:
         with langgraph.MemStateCheckpointer(store) as checkpointer:
             assert (checkpointer.memory, checkpointer.engine) == (store.memory, store.engine)
