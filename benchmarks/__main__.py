@@ -5,7 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 
-from benchmarks import backfill, capture, commits, drain, far, indexes, langgraph, latency, relay, search, strict, undo
+from benchmarks import (
+    backfill,
+    capture,
+    commits,
+    drain,
+    far,
+    indexes,
+    langgraph,
+    latency,
+    relay,
+    search,
+    startup,
+    strict,
+    undo,
+)
 from benchmarks.report import console
 
 BENCHMARKS = {
@@ -19,6 +33,7 @@ BENCHMARKS = {
     "langgraph": langgraph.run,
     "latency": latency.run,
     "search": search.run,
+    "startup": startup.run,
     "strict": strict.run,
     "undo": undo.run,
 }
