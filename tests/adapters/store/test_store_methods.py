@@ -178,7 +178,7 @@ def test_reindex_has_searches_use_the_successor(engine: Engine) -> None:
     indexes = {"one": InMemoryIndex(), "two": InMemoryIndex()}
     with MemoryStore(engine, indexes, embedder=HashEmbedder(), background=False, successors={"one": "two"}) as store:
         store.commit(note("green tea"))
-        assert store.reindex(timeout=30) == "two"
+        assert store.reindex(timeout=120) == "two"
         assert store.status()["one"].replaced_by == "two"
         assert found(store, "green tea") == ["green tea"]
         assert store.reindex_back() == "one"
